@@ -1,0 +1,154 @@
+"""Wherever images come from: one stream of RGB pictures, or of batches that are model inputs already."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sauce_hooks.errors import ImagesError, UnreadableImageWarning
+
+Inputs = Mapping[str, Tensor]
+"""What a processor returns and a model takes: at least `pixel_values`."""
+
+EXTENSIONS = frozenset(Image.registered_extensions())
+
+
+def _folder(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise ImagesError(f"no such folder of images: {path}")
+    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    if not found:
+        raise ImagesError(f"no image files in {path} (looked for {', '.join(sorted(EXTENSIONS)[:8])}, ...)")
+    return found
+
+
+def _items(images: Any) -> Iterable[Any]:
+    if isinstance(images, str | Path):
+        path = Path(images)
+        return [path] if path.is_file() else _folder(path)
+    if isinstance(images, Mapping):  # one batch of model inputs
+        return [images]
+    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
+        return list(images)
+    if not isinstance(images, Iterable):
+        raise ImagesError(f"cannot read images from {type(images).__name__}; give a folder, paths, PIL images or arrays")
+    return images
+
+
+def _open(item: Any) -> Image.Image:
+    """One item as a picture; `OSError` if its file cannot be read."""
+    if isinstance(item, Image.Image):
+        return item.convert("RGB")
+    if isinstance(item, str | Path):
+        with Image.open(item) as image:
+            return image.convert("RGB")
+    if isinstance(item, Mapping) and "image" in item:  # a row of a Hugging Face dataset
+        return _open(item["image"])
+    if isinstance(item, Mapping) and item.get("bytes"):  # the same, not decoded
+        import io
+
+        return _open(Image.open(io.BytesIO(item["bytes"])))
+    if isinstance(item, Tensor):
+        item = item.detach().cpu().numpy()
+    if isinstance(item, np.ndarray):
+        array = item
+        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+            array = np.moveaxis(array, 0, 2)
+        if np.issubdtype(array.dtype, np.floating):
+            array = (array * 255).round().clip(0, 255)
+        return Image.fromarray(array.astype(np.uint8).squeeze()).convert("RGB")
+    raise ImagesError(f"cannot read an image from {type(item).__name__}")
+
+
+def iter_images(images: Any) -> Iterator[Image.Image]:
+    """Every readable image, in order.
+
+    Files that cannot be read are skipped; an `UnreadableImageWarning` at the end counts and names them.
+
+    Raises:
+        ImagesError: there is no image at all, or none that can be read.
+    """
+    read, broken = 0, []
+    for item in _items(images):
+        try:
+            image = _open(item)
+        except OSError as problem:
+            broken.append(f"{item if isinstance(item, str | Path) else type(item).__name__} ({problem})")
+            continue
+        read += 1
+        yield image
+    if not read:
+        raise ImagesError(f"none of the {len(broken)} images can be read: {'; '.join(broken[:5])}" if broken else "no images")
+    if broken:
+        names = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
+        message = f"skipped {len(broken)} of {len(broken) + read} images that cannot be read: {names}"
+        warnings.warn(message, UnreadableImageWarning, stacklevel=2)
+
+
+def count_images(images: Any) -> int:
+    """How many images there are, readable or not."""
+    items = _items(images)
+    if not isinstance(items, Sequence) and not hasattr(items, "__len__"):
+        raise ImagesError(f"the number of images in a {type(items).__name__} is not known: give a list or a folder")
+    return sum(len(item["pixel_values"]) if _is_inputs(item) else 1 for item in items) if _holds_inputs(items) else len(items)  # pyright: ignore[reportArgumentType]
+
+
+def _holds_inputs(items: Any) -> bool:
+    return isinstance(items, Sequence) and len(items) > 0 and _is_inputs(items[0])
+
+
+def _is_inputs(item: Any) -> bool:
+    return isinstance(item, Mapping) and "pixel_values" in item
+
+
+def iter_inputs(images: Any, processor: Any, batch_size: int) -> Iterator[Inputs]:
+    """Batches of model inputs: the images processed, or the batches given passed through (these need no processor).
+
+    Raises:
+        ImagesError: images were given without a processor, or none can be read.
+    """
+    items = _items(images)
+    if _holds_inputs(items):
+        yield from items
+        return
+    if not isinstance(items, Sequence):
+        iterator = iter(items)
+        first = next(iterator, None)
+        if _is_inputs(first):
+            yield first
+            yield from iterator
+            return
+        items = _chain(first, iterator)
+    if processor is None:
+        raise ImagesError("images need a processor=...: the model's AutoProcessor. Only batches of model inputs do not.")
+    prepare = getattr(processor, "image_processor", processor)
+    batch: list[Image.Image] = []
+    for image in iter_images(items):
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield prepare(images=batch, return_tensors="pt")
+            batch = []
+    if batch:
+        yield prepare(images=batch, return_tensors="pt")
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    if first is not None:
+        yield first
+    yield from rest
+
+
+def to_device(inputs: Inputs, names: Sequence[str], like: Tensor) -> dict[str, Tensor]:
+    """The named tensors on a parameter's device, floating ones in its dtype."""
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise ImagesError(f"the batch has no {missing[0]!r} (it has {', '.join(inputs)}): these are no images' inputs")
+    chosen = {name: torch.as_tensor(inputs[name]) for name in names}
+    return {n: t.to(like.device, like.dtype if t.is_floating_point() else None) for n, t in chosen.items()}

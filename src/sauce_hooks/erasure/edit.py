@@ -1,0 +1,94 @@
+"""What happens to one activation: the paper's equations, as pure functions on tensors. No hooks in sight.
+
+z = ReLU(W_enc (x − b_pre) + b_enc)                      Eq. 1
+x̂ = W_dec z + b_pre                                      Eq. 2
+C(z)_i = γ_i z_i  if i ∈ F_c,  z_i otherwise             Eq. 6
+
+With the reconstruction error kept, x′ = x + (decode(C(z)) − decode(z)) = x + Σ_{i ∈ F_c} (γ_i − 1) z_i W_dec[i]: only the
+columns of F_c are ever computed, and a token on which none of them fires comes out bit-identical.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def scale_features(
+    z: Float[Tensor, "*batch d_sae"], features_k: Int[Tensor, " k"], gamma_k: Float[Tensor, " k"]
+) -> Float[Tensor, "*batch d_sae"]:
+    """C(z): the chosen features times their factor, the others as they were. Eq. 6."""
+    scaled = z.clone()
+    scaled[..., features_k] = z[..., features_k] * gamma_k
+    return scaled
+
+
+def decode_edit(
+    x: Float[Tensor, "*batch d"], sae: Any, features_k: Int[Tensor, " k"], gamma_k: Float[Tensor, " k"]
+) -> Float[Tensor, "*batch d"]:
+    """x′ = decode(C(encode(x))): the paper to the letter. The reconstruction error of every token goes into the model."""
+    return sae.decode(scale_features(sae.encode(x), features_k, gamma_k))
+
+
+def dense_delta_edit(
+    x: Float[Tensor, "*batch d"], sae: Any, features_k: Int[Tensor, " k"], gamma_k: Float[Tensor, " k"]
+) -> Float[Tensor, "*batch d"]:
+    """x′ = x + Σ_{i ∈ F_c} (γ_i − 1) z_i W_dec[i], with z from the whole encoder: right for every architecture."""
+    z_k = sae.encode(x)[..., features_k]
+    return x + (z_k * (gamma_k - 1)) @ sae.W_dec[features_k]
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """The encoder columns and decoder rows of a few features of an element-wise SAE."""
+
+    W_enc_dk: Float[Tensor, "d k"]
+    b_enc_k: Float[Tensor, " k"]
+    """The encoder's bias with b_pre folded in: b_enc − b_pre W_enc."""
+    threshold_k: Float[Tensor, " k"]
+    """JumpReLU's threshold; 0 for ReLU, where it changes nothing."""
+    W_dec_kd: Float[Tensor, "k d"]
+
+    @classmethod
+    def of(cls, sae: Any, features_k: Int[Tensor, " k"]) -> Columns | None:
+        """None where a feature's activation depends on the others (TopK, ...) or the input is normalised at run time."""
+        if sae.cfg.architecture() not in ("standard", "jumprelu") or sae.cfg.normalize_activations in (
+            "layer_norm",
+            "constant_norm_rescale",
+        ):
+            return None
+        W_enc_dk = sae.W_enc[:, features_k]
+        b_enc_k = sae.b_enc[features_k]
+        if sae.cfg.apply_b_dec_to_input:
+            b_enc_k = b_enc_k - sae.b_dec @ W_enc_dk
+        threshold = getattr(sae, "threshold", None)
+        threshold_k = torch.zeros_like(b_enc_k) if threshold is None else threshold[features_k]
+        return cls(
+            W_enc_dk.detach().contiguous(),
+            b_enc_k.detach(),
+            threshold_k.detach().clamp_min(0),
+            sae.W_dec[features_k].detach(),
+        )
+
+    def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
+        """z of these features alone. Eq. 1, with JumpReLU's threshold where there is one."""
+        pre = x @ self.W_enc_dk + self.b_enc_k
+        return pre * (pre > self.threshold_k)
+
+
+def sparse_delta_edit(
+    x: Float[Tensor, "*batch d"], columns: Columns, gamma_k: Float[Tensor, " k"]
+) -> Float[Tensor, "*batch d"]:
+    """`dense_delta_edit` from the chosen columns alone: O(k d) a token instead of O(d_sae d)."""
+    return x + (columns.encode(x) * (gamma_k - 1)) @ columns.W_dec_kd
+
+
+def project_out(
+    x: Float[Tensor, "*batch d"], directions_rd: Float[Tensor, "r d"], center_d: Float[Tensor, " d"]
+) -> Float[Tensor, "*batch d"]:
+    """x′ = x − ((x − c) Vᵀ) V for orthonormal rows V: the dense rival, no SAE. What lies along V is set to that of c."""
+    return x - ((x - center_d) @ directions_rd.T) @ directions_rd

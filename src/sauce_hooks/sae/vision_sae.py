@@ -1,0 +1,184 @@
+"""An SAE together with the place it belongs to and the concepts found in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sauce_hooks.bank import ConceptBank
+from sauce_hooks.errors import SAEFileError, SAEMismatchError
+from sauce_hooks.hookpoint import HookPoint, TokenPolicy
+
+if TYPE_CHECKING:
+    from sae_lens import SAE
+
+FORMAT = 1
+_RECORD, _BANK, _STATS = "vision_sae.json", "concepts.json", "feature_stats.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStats:
+    """How an SAE's features behave on training rows (the paper's Section 4.2)."""
+
+    frequency_f: Float[Tensor, " d_sae"]
+    """Feature sparsity FS, Eq. 7: the share of rows on which each feature fires."""
+    mean_when_active_f: Float[Tensor, " d_sae"]
+    """FMAV, Eq. 8: each feature's mean activation over the rows on which it fires; 0 if it never does."""
+    explained_variance: float
+    """1 − ‖x − x̂‖² / ‖x − mean‖², over all rows."""
+    l0: float
+    """Mean number of features that fire on a row."""
+    n_rows: int
+
+    @property
+    def dead_share(self) -> float:
+        """Share of the features that never fired."""
+        return float((self.frequency_f == 0).float().mean())
+
+
+@dataclass
+class VisionSAE:
+    """A sparse autoencoder of one hook point."""
+
+    sae: SAE[Any]
+    """SAE-Lens's own object, for inference."""
+    hook_point: HookPoint
+    tokens: TokenPolicy = field(default_factory=TokenPolicy)
+    """Which tokens it was trained on and which an eraser edits."""
+    concepts: ConceptBank = field(default_factory=ConceptBank)
+    stats: FeatureStats | None = None
+
+    def __post_init__(self) -> None:
+        if self.d_in != self.hook_point.d_in:
+            raise SAEMismatchError(
+                f"the SAE reads vectors of width {self.d_in}, but {self.hook_point.path} is {self.hook_point.d_in} wide. "
+                "It was trained for another tower: train one for this model with sauce_hooks.train_sae(model, images)."
+            )
+
+    @property
+    def d_in(self) -> int:
+        """Width of the residual stream."""
+        return int(self.sae.cfg.d_in)
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return int(self.sae.cfg.d_sae)
+
+    @classmethod
+    def wrap(cls, sae: SAE[Any], hook_point: HookPoint, tokens: TokenPolicy | None = None) -> VisionSAE:
+        """An SAE trained elsewhere, at a hook point of this model; `SAEMismatchError` if the widths differ."""
+        return cls(sae, hook_point, tokens or TokenPolicy())
+
+    @torch.no_grad()
+    def encode(self, acts: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Feature activations z (Eq. 1), in the SAE's dtype."""
+        return self.sae.encode(acts.to(self.sae.device, self.sae.dtype))
+
+    @torch.no_grad()
+    def decode(self, z: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
+        """Reconstruction x̂ (Eq. 2)."""
+        return self.sae.decode(z)
+
+    def save(self, folder: str | Path) -> None:
+        """Write a folder that `VisionSAE.load` and `sae_lens.SAE.load_from_disk` both read; whole or not at all."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            self.sae.save_model(building)
+            record: dict[str, Any] = {
+                "format": FORMAT,
+                "hook_point": self.hook_point.to_dict(),
+                "tokens": asdict(self.tokens),
+            }
+            if self.stats is not None:
+                tensors = {"frequency": self.stats.frequency_f, "mean_when_active": self.stats.mean_when_active_f}
+                save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, building / _STATS)
+                record["stats"] = {k: getattr(self.stats, k) for k in ("explained_variance", "l0", "n_rows")}
+            (building / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
+            self.concepts.save(building / _BANK)
+            _replace_folder(building, folder)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+
+    @classmethod
+    def load(cls, source: str | Path) -> VisionSAE:
+        """Read a folder that `save` wrote, or download one from the Hugging Face hub by its id.
+
+        Raises:
+            SAEFileError: the folder is none of ours, or damaged; says what is wrong.
+        """
+        folder = Path(source)
+        if not folder.is_dir():
+            folder = _download(str(source))
+        for name in (_RECORD, _BANK, "cfg.json", "sae_weights.safetensors"):
+            if not (folder / name).is_file():
+                raise SAEFileError(f"{folder} is no saved VisionSAE: it has no {name}")
+        from sae_lens import SAE
+
+        try:
+            record = cast(dict[str, Any], json.loads((folder / _RECORD).read_text()))
+            if record["format"] != FORMAT:
+                raise SAEFileError(f"{folder} is of format {record['format']}; this version reads {FORMAT}")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sae = SAE.load_from_disk(folder)
+            stats = None
+            if "stats" in record:
+                tensors = load_file(folder / _STATS)
+                stats = FeatureStats(tensors["frequency"], tensors["mean_when_active"], **record["stats"])
+            hook_point = HookPoint.from_dict(record["hook_point"])
+            tokens = TokenPolicy(**record["tokens"])
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as problem:
+            if isinstance(problem, SAEFileError):
+                raise
+            raise SAEFileError(f"{folder} is damaged or foreign: {problem!r}") from problem
+        return cls(sae.eval(), hook_point, tokens, ConceptBank.load(folder / _BANK), stats)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload to the Hugging Face hub; returns the address. `VisionSAE.load(repo_id)` reads it back."""
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "sae"
+            self.save(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put a finished folder in the place of an old one."""
+    new.chmod(0o755)
+    if not target.exists():
+        new.rename(target)
+        return
+    if any(target.iterdir()) and not (target / _RECORD).exists() and not (target / "training").exists():
+        raise SAEFileError(f"{target} exists and is no VisionSAE; refusing to replace it")
+    for item in sorted(new.iterdir(), key=lambda p: p.name == _RECORD):  # the record last: it vouches for the rest
+        item.replace(target / item.name)
+    new.rmdir()
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
+        raise SAEFileError(f"{source!r} is neither a folder here nor a repository on the hub: {problem}") from problem

@@ -1,0 +1,56 @@
+"""The protocol's images, taken from the bundled world."""
+
+from __future__ import annotations
+
+from sauce_hooks.evaluation.probes import Probe, ProbeSet, Wording
+from sauce_hooks.scenes.language import NAMES, NO, YES, Language, describe_prompt, split_words, yes_no_prompt
+from sauce_hooks.scenes.world import CONCEPTS, DOMAINS, Scene, Split, sample
+
+_SEED = {"positives": 10_000, "retained": 20_000, "negatives": 30_000}
+
+
+def wording(phrasing: int = 0, language: Language = "en") -> Wording:
+    """How the bundled model is asked, and how its answers are read."""
+    names = NAMES[language]
+    return Wording(
+        yes_no=lambda concept: yes_no_prompt(concept, phrasing, language),
+        describe=lambda: describe_prompt(phrasing, language),
+        yes=(YES[language],),
+        no=(NO[language],),
+        mentions=lambda text, concept: names[concept] in split_words(text),
+    )
+
+
+def probes(
+    n: int = 50,
+    *,
+    retained: int = 10,
+    split: Split = "test",
+    seed: int = 0,
+    phrasing: int = 0,
+    language: Language = "en",
+) -> ProbeSet:
+    """The protocol's images for every concept of the world.
+
+    Args:
+        n: images that hold each concept, and as many that lack it.
+        retained: further images of each concept, for IRA, CRA and the true-negative rate.
+        split: "val" to choose settings, "test" to report.
+        seed: another draw of the same.
+        phrasing: which phrasing of the questions; −1 is the one never trained on.
+        language: "en" or "fr".
+    """
+
+    def draw(count: int, kind: str, concept: str) -> list[Probe]:
+        where = _SEED[kind] + 1_000_000 * seed + CONCEPTS.index(concept)
+        lacks = concept if kind == "negatives" else None
+        scenes: list[Scene] = sample(count, seed=where, contains=None if lacks else concept, lacks=lacks, split=split)
+        return [Probe(scene.image, scene.concepts) for scene in scenes]
+
+    return ProbeSet(
+        domains=DOMAINS,
+        positives={concept: draw(n, "positives", concept) for concept in CONCEPTS},
+        retained={concept: draw(retained, "retained", concept) for concept in CONCEPTS},
+        negatives={concept: draw(n, "negatives", concept) for concept in CONCEPTS},
+        wording=wording(phrasing, language),
+    )
