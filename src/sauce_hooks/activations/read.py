@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -107,4 +108,4 @@ def read_activations(
         Rows `[n, d_in]` on the model's device, in its dtype: the chosen tokens of a batch's images, one after another.
     """
     for acts_btd in read_tokens(model, inputs, hook_point, tokens=tokens, processor=processor, batch_size=batch_size):
-        yield acts_btd.flatten(0, 1)
+        yield rearrange(acts_btd, "batch tokens d -> (batch tokens) d")

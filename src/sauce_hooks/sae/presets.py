@@ -31,6 +31,9 @@ class Preset:
     """Rows an optimiser step."""
     epochs: int = 2
     b_dec_init: BiasInit = "geometric_median"
+    normalize: bool = False
+    """Train on rows scaled to a mean norm of √d_in, and fold the factor into the weights afterwards, so that one learning
+    rate suits every tower."""
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
@@ -54,6 +57,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             lr_decay_share=0.3,
             batch_size=2048,
             epochs=2,
+            normalize=True,
         ),
     }
 )

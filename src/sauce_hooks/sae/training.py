@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,6 +32,8 @@ _STATS_ROWS = 131_072
 """Rows the feature statistics are taken from."""
 _BUFFER_BATCHES = 32
 """Optimiser batches that the shuffle buffer holds."""
+_KEEP_BYTES = 2 * 2**30
+"""Rows of at most this size are read once and kept in memory for the later epochs."""
 _CHECKPOINT = "training"
 
 
@@ -53,8 +55,8 @@ def train_sae(
 ) -> VisionSAE:
     """Train a sparse autoencoder on one block of a vision tower, with SAE-Lens's `SAETrainer`.
 
-    The language model never runs and the tower stops at the hooked block. Rows stream through a shuffle buffer; nothing
-    is stored on disk but checkpoints.
+    The language model never runs and the tower stops at the hooked block. Rows stream through a shuffle buffer and
+    are kept in memory for the later epochs if they fit in 2 GiB; nothing is stored on disk but checkpoints.
 
     Args:
         model: the vision-language model; left exactly as it was.
@@ -85,23 +87,26 @@ def train_sae(
     if out is not None and not resume and (Path(out) / _CHECKPOINT).exists():
         raise SAEFileError(f"{out} holds an unfinished training: resume=True goes on with it; or remove the folder")
 
-    def rows() -> Iterator[Float[Tensor, "n d_in"]]:
-        read = read_activations(
+    def read() -> Iterator[Float[Tensor, "n d_in"]]:
+        chunks = read_activations(
             model, images, hook_point, tokens=tokens.read, processor=processor, batch_size=image_batch_size
         )
-        return (chunk.float() for chunk in read)
+        return (chunk.float() for chunk in chunks)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("once")
-        sample = torch.cat(list(_take(rows(), _CENTER_ROWS)))
         n_rows = count_images(images) * tokens_per_image(model, hook_point, tokens.read)
+        rows = _Kept(read) if n_rows * hook_point.d_in * 4 <= _KEEP_BYTES else read
+        sample = torch.cat(list(_take(rows(), _CENTER_ROWS)))
         with _seeded(seed):
             sae = _build(recipe, hook_point.d_in)
-        sae.b_dec.data.copy_(center(sample, recipe.b_dec_init))
+        scale = hook_point.d_in**0.5 / float(sample.norm(dim=1).mean()) if recipe.normalize else 1.0
+        sae.b_dec.data.copy_(scale * center(sample, recipe.b_dec_init))
         device = next(model.parameters()).device
         sae.to(device)
-        _fit(sae, recipe, rows, n_rows, seed, Path(out) if out is not None else None, checkpoint_every, progress)
-        trained = VisionSAE(_for_inference(sae), hook_point, tokens)
+        folder = Path(out) if out is not None else None
+        _fit(sae, recipe, rows, scale, n_rows, seed, folder, checkpoint_every, progress)
+        trained = VisionSAE(_for_inference(sae, scale), hook_point, tokens)
         trained.stats = feature_stats(trained.sae, _take(rows(), _STATS_ROWS))
     trained.sae.cfg.metadata.hook_name = hook_point.path
     if out is not None:
@@ -116,6 +121,24 @@ def _take(chunks: Iterable[Tensor], n: int) -> Iterator[Tensor]:
         n -= len(chunk)
         if n <= 0:
             return
+
+
+class _Kept:
+    """Rows that are read once and then remembered, for data that fits in memory."""
+
+    def __init__(self, read: Callable[[], Iterator[Tensor]]) -> None:
+        self._read = read
+        self._chunks: list[Tensor] | None = None
+
+    def __call__(self) -> Iterator[Tensor]:
+        if self._chunks is not None:
+            yield from self._chunks
+            return
+        chunks: list[Tensor] = []
+        for chunk in self._read():
+            chunks.append(chunk)
+            yield chunk
+        self._chunks = chunks  # only a pass that came to its end has seen everything
 
 
 class _seeded:  # noqa: N801 - used like a function
@@ -144,21 +167,30 @@ def _build(recipe: Preset, d_in: int) -> TrainingSAE[Any]:
     return sae_class(config_class(d_in=d_in, d_sae=d_in * recipe.expansion, **recipe.options))
 
 
-def _for_inference(sae: TrainingSAE[Any]) -> SAE[Any]:
-    """SAE-Lens's inference class with the trained weights, through its own saving (BatchTopK becomes JumpReLU there)."""
+def _for_inference(trained: TrainingSAE[Any], scale: float) -> SAE[Any]:
+    """SAE-Lens's inference class with the trained weights, through its own saving (BatchTopK becomes JumpReLU there).
+
+    The scale is folded in afterwards: folded into a BatchTopK training SAE, SAE-Lens would rescale the weights but not the
+    threshold. Decoder rows come out at norm one, so that activations are in the units of the residual stream.
+    """
     import tempfile
 
     from sae_lens import SAE
 
     with tempfile.TemporaryDirectory() as scratch:
-        sae.save_inference_model(scratch)
-        return SAE.load_from_disk(scratch, device=str(sae.device)).eval()
+        trained.save_inference_model(scratch)
+        sae = SAE.load_from_disk(scratch, device=str(trained.device)).eval()
+    sae.fold_activation_norm_scaling_factor(scale)
+    if sae.cfg.architecture() in ("standard", "jumprelu"):
+        sae.fold_W_dec_norm()
+    return sae
 
 
 def _fit(
     sae: TrainingSAE[Any],
     recipe: Preset,
-    rows: Any,
+    rows: Callable[[], Iterator[Tensor]],
+    scale: float,
     n_rows: int,
     seed: int,
     out: Path | None,
@@ -196,6 +228,7 @@ def _fit(
     )
     data = (batch for batch in batches() if len(batch) == recipe.batch_size)
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=data)
+    trainer.activation_scaler.scaling_factor = scale
     done = _load_checkpoint(trainer, out)
     with tqdm(total=steps, initial=done, desc="train SAE", unit="step", disable=not progress) as bar:
         for batch in islice(data, done, None):

@@ -31,9 +31,9 @@ _RECORD, _BANK, _STATS = "vision_sae.json", "concepts.json", "feature_stats.safe
 class FeatureStats:
     """How an SAE's features behave on training rows (the paper's Section 4.2)."""
 
-    frequency_f: Float[Tensor, " d_sae"]
+    frequency_f: Float[Tensor, " d_sae"] = field(repr=False)
     """Feature sparsity FS, Eq. 7: the share of rows on which each feature fires."""
-    mean_when_active_f: Float[Tensor, " d_sae"]
+    mean_when_active_f: Float[Tensor, " d_sae"] = field(repr=False)
     """FMAV, Eq. 8: each feature's mean activation over the rows on which it fires; 0 if it never does."""
     explained_variance: float
     """1 − ‖x − x̂‖² / ‖x − mean‖², over all rows."""
