@@ -30,6 +30,16 @@ def test_layer_counts_as_hidden_states_do(model, layer):
     assert torch.equal(block_output(model, find_hook_point(model, layer)), tower.hidden_states[layer])
 
 
+def test_a_siglip_tower_is_one_of_patches_alone():
+    model = build_llava(tower="siglip")
+    found = find_hook_point(model)
+    with torch.no_grad():
+        tower = model.model.vision_tower(pixel_values=model_inputs()["pixel_values"], output_hidden_states=True)
+    assert torch.equal(block_output(model, found), tower.hidden_states[-2])
+    assert found.layout == TokenLayout("none")
+    assert tokens_per_image(model, found, "patches") == tokens_per_image(model, found, "all") == N_PATCHES
+
+
 def test_the_default_block_is_the_one_llava_reads(model):
     found = find_hook_point(model)
     assert (found.path, found.layer, found.last_read) == (f"{BLOCKS}.2", 2, 2)

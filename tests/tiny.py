@@ -15,18 +15,17 @@ BOS, IMAGE = 1, 4
 """As in the bundled tokenizer."""
 
 
-def build_llava(vocabulary: int = 64, seed: int = 0, width: int = D_IN) -> Any:
+def build_llava(vocabulary: int = 64, seed: int = 0, width: int = D_IN, tower: str = "clip") -> Any:
     """A LLaVA whose weights are all random, so that the image really reaches the logits."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-    vision = CLIPVisionConfig(
+    vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=N_LAYERS,
         num_attention_heads=4,
         image_size=SIDE,
         patch_size=PATCH,
-        projection_dim=width,
     )
     text = LlamaConfig(
         vocab_size=vocabulary,
@@ -44,7 +43,7 @@ def build_llava(vocabulary: int = 64, seed: int = 0, width: int = D_IN) -> Any:
         text_config=text,
         image_token_id=IMAGE,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
         image_seq_length=N_PATCHES,
     )
     model = LlavaForConditionalGeneration(config).eval()

@@ -65,7 +65,7 @@ def evaluate(
     def answers(batches: Sequence[Batch]) -> list[Answer]:
         return list(ask(model, batches, probes.wording, processor))
 
-    shared = prepare(_other_questions(probes), probes.wording, processor, batch_size)
+    shared = prepare(other_questions(probes), probes.wording, processor, batch_size)
     original_shared = answers(shared)
     scores: dict[tuple[str, str], dict[str, Rate]] = {}
     examples: list[Example] = []
@@ -76,7 +76,7 @@ def evaluate(
     try:
         with tqdm(total=len(concepts) * len(every), desc="evaluate", unit="erasure", disable=not progress) as bar:
             for concept in concepts:
-                own = prepare(_own_questions(probes, concept), probes.wording, processor, batch_size)
+                own = prepare(own_questions(probes, concept), probes.wording, processor, batch_size)
                 for name, method in every.items():
                     with method(concept):
                         own_answers = answers(own)
@@ -90,7 +90,8 @@ def evaluate(
     return Results(scores, probes.domains, examples)
 
 
-def _own_questions(probes: ProbeSet, concept: str) -> list[Question]:
+def own_questions(probes: ProbeSet, concept: str) -> list[Question]:
+    """What is asked when a concept is erased: about its own images, and for it in images that lack it."""
     holding = [
         question
         for probe in probes.positives[concept]
@@ -102,7 +103,8 @@ def _own_questions(probes: ProbeSet, concept: str) -> list[Question]:
     return [*holding, *(Question(probe, "yes_no", concept) for probe in probes.negatives[concept])]
 
 
-def _other_questions(probes: ProbeSet) -> list[Question]:
+def other_questions(probes: ProbeSet) -> list[Question]:
+    """What is asked whatever is erased: for every concept, images that hold it and images that lack it."""
     # As many absent as retained images a concept; the erased concept's own absences are asked in full elsewhere.
     return [
         Question(probe, "yes_no", concept)

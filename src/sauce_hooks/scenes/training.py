@@ -55,7 +55,7 @@ class Recipe:
     tower_lr: float = 1.0e-3
     lm_width: int = 128
     lm_layers: int = 4
-    lm_steps: int = 5_000
+    lm_steps: int = 3_000
     lm_batch: int = 32
     lm_lr: float = 1.5e-3
     questions: int = 6
@@ -242,9 +242,7 @@ class Stage:
                 "schedule": self.schedule.state_dict(),
                 "step": self.step,
             }
-            temporary = self.path.with_suffix(".partial")
-            torch.save(state, temporary)
-            os.replace(temporary, self.path)
+            _save_atomically(state, self.path)
 
 
 class TowerWithHeads(nn.Module):
@@ -398,6 +396,26 @@ class Reader(nn.Module):
         return F.cross_entropy(self.lm_head(out[learnt]), targets[learnt])
 
 
+@torch.no_grad()
+def pool_tokens(recipe: Recipe, model: Any, folder: Path, path: Path) -> Float[Tensor, "pool patches d"]:
+    """The frozen tower's tokens of the whole pool, computed once and kept beside the checkpoints (fp16)."""
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    pixels, _ = load_pool(recipe, folder)
+    device = next(model.parameters()).device
+    parts = np.array_split(pixels, max(1, len(pixels) // 128))
+    tower = model.model.vision_tower
+    tokens = torch.cat([tower_tokens(tower, normalize(part).to(device)).cpu().half() for part in parts])
+    _save_atomically(tokens, path)
+    return tokens
+
+
+def _save_atomically(value: Any, path: Path) -> None:
+    temporary = path.with_suffix(".partial")
+    torch.save(value, temporary)
+    os.replace(temporary, path)
+
+
 def train_reader(recipe: Recipe, model: Any, processor: Any, folder: Path, run: Path, progress: Progress) -> None:
     """Next-token loss on the answers, the tower frozen."""
     device = next(model.parameters()).device
@@ -408,12 +426,7 @@ def train_reader(recipe: Recipe, model: Any, processor: Any, folder: Path, run: 
     task = progress.add_task("train language model", total=recipe.lm_steps, completed=stage.step)
     if stage.step == recipe.lm_steps:
         return
-    pixels, _ = load_pool(recipe, folder)
-    with torch.no_grad():
-        features = torch.cat(
-            [tower_tokens(model.model.vision_tower, normalize(p).to(device)).cpu().half()
-             for p in np.array_split(pixels, max(1, len(pixels) // 500))]
-        )  # fmt: skip
+    features = pool_tokens(recipe, model, folder, run / "tokens.pt")
     tokenizer = processor.tokenizer
 
     known: dict[str, list[int]] = {}
@@ -465,7 +478,7 @@ def train(out: Path, recipe: Recipe) -> None:
     save(model.cpu(), processor, recipe, out / "model")
 
 
-def main(out: Path = Path("runs/scenes"), seed: int = 0, tower_steps: int = 3_000, lm_steps: int = 5_000) -> None:
+def main(out: Path = Path("runs/scenes"), seed: int = 0, tower_steps: int = 3_000, lm_steps: int = 3_000) -> None:
     """Train the bundled model; run again with the same folder to go on after an interruption."""
     train(out, Recipe(seed=seed, tower_steps=tower_steps, lm_steps=lm_steps))
 

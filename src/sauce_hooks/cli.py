@@ -1,0 +1,261 @@
+"""The command line: one command a verb, each a thin call of the public API. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sauce_hooks.errors import SauceHooksError
+
+
+class _Verbs(TyperGroup):
+    """Turns the errors a user can meet into a message, and Ctrl-C into its usual exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except SauceHooksError as error:
+            typer.secho(f"{type(error).__name__}: {error}", err=True, fg="red")
+            raise typer.Exit(1) from None
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # a full disk, a folder that may not be written to
+            typer.secho(str(error), err=True, fg="red")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("\ninterrupted", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Make a vision-language model forget named concepts while it runs, without touching its weights.",
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, an id on the Hugging Face hub, or the word *bundled*."),
+]
+SAEArgument = Annotated[
+    Path, typer.Argument(metavar="SAE", exists=True, file_okay=False, help="The folder that `train-sae` wrote.")
+]
+ImagesHelp = "A folder of images, or one image."
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("sauce_hooks_demo.html"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer images and concepts: half a minute.")] = False,
+) -> None:
+    """See the bundled model forget "red" and "tiger": answers, numbers, and an HTML page.
+
+    Example: `sauce-hooks demo --out forget.html`
+    """
+    from sauce_hooks.scenes.demo import run
+
+    run(out, quick=quick)
+
+
+@app.command()
+def table(
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder for the results.")] = Path("table"),
+    n: Annotated[int, typer.Option(min=1, help="Test images that hold each concept, and as many that lack it.")] = 50,
+    retained: Annotated[int, typer.Option(min=1, help="Images of each retained concept.")] = 10,
+    concepts: Annotated[
+        list[str] | None, typer.Option("--concepts", help="A concept to erase; repeat for several. All by default.")
+    ] = None,
+) -> None:
+    """Measure the erasure of every concept of the bundled world, several methods side by side.
+
+    Example: `sauce-hooks table --out runs/table --concepts red --concepts tiger`
+    """
+    from sauce_hooks.scenes.table import run
+
+    run(out, n, retained, concepts)
+
+
+@app.command("hook-point")
+def hook_point(
+    model: ModelArgument,
+    layer: Annotated[
+        str, typer.Option(help="-1 is the last block of the vision tower, -2 the one before; or a dotted path.")
+    ] = "-2",
+) -> None:
+    """Show where in a model concepts would be erased. Reads the model's configuration, not its weights.
+
+    Example: `sauce-hooks hook-point llava-hf/llava-1.5-7b-hf`
+    """
+    from sauce_hooks.hookpoint import find_hook_point, tokens_per_image
+
+    skeleton = _skeleton(model)
+    place = find_hook_point(skeleton, int(layer) if layer.lstrip("+-").isdecimal() else layer)
+    facts = {
+        "family": place.family,
+        "path": place.path,
+        "block": f"{place.layer + 1} of {place.n_layers}; the language model reads block {place.last_read + 1}",
+        "width": place.d_in,
+        "tokens": f"{tokens_per_image(skeleton, place, 'patches')} patches an image",
+        "class token": place.layout.class_token,
+    }
+    for name, fact in facts.items():
+        typer.echo(f"{name:<12} {fact}")
+
+
+@app.command("train-sae")
+def train_sae(
+    model: ModelArgument,
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", exists=True, help=ImagesHelp)],
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder to save the SAE to.")],
+    preset: Annotated[str, typer.Option(help="*sauce*: the paper's; *batchtopk*: a better modern one.")] = "sauce",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
+) -> None:
+    """Train a sparse autoencoder on one block of a model's vision tower.
+
+    Example: `sauce-hooks train-sae llava-hf/llava-1.5-7b-hf photos/ --out llava-sae --preset batchtopk`
+    """
+    from sauce_hooks.sae import train_sae as train
+    from sauce_hooks.sae.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
+    network, processor = _load(model)
+    sae = train(network, images, processor=processor, preset=preset, out=out, resume=resume)
+    if sae.stats is not None:
+        typer.echo(f"explained variance {sae.stats.explained_variance:.3f}, L0 {sae.stats.l0:.1f}", err=True)
+    typer.echo(out)
+
+
+@app.command()
+def learn(
+    model: ModelArgument,
+    sae: SAEArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to call the concept.")],
+    positives: Annotated[Path, typer.Argument(metavar="POSITIVES", exists=True, help="Images that show it.")],
+    negatives: Annotated[Path, typer.Argument(metavar="NEGATIVES", exists=True, help="Images that do not.")],
+    k: Annotated[int | None, typer.Option(min=1, help="How many features at the most.")] = None,
+    gamma: Annotated[
+        float | None, typer.Option(help="The factor the concept's features get when it is erased.")
+    ] = None,
+) -> None:
+    """Learn a concept from images with it and images without it; the SAE's folder remembers it.
+
+    Example: `sauce-hooks learn llava-hf/llava-1.5-7b-hf llava-sae tiger photos/tiger photos/other`
+    """
+    from sauce_hooks.concepts import learn_concept
+    from sauce_hooks.concepts.learn import DEFAULT_K
+    from sauce_hooks.sae import VisionSAE
+
+    vision_sae = VisionSAE.load(sae)
+    network, processor = _load(model)
+    concept = learn_concept(
+        network, vision_sae, name, positives, negatives, processor=processor, k=k or DEFAULT_K, gamma=gamma
+    )
+    vision_sae.save(sae)
+    best = ", ".join(f"{f} ({s:.3g})" for f, s in list(zip(concept.features, concept.scores, strict=True))[:5])
+    typer.echo(f"{name}: {len(concept.features)} features, best {best}")
+
+
+@app.command()
+def ask(
+    model: ModelArgument,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False)],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question about the image.")],
+    sae: Annotated[
+        str | None, typer.Option(help="The SAE's folder or hub id; the bundled model brings its own.")
+    ] = None,
+    erase: Annotated[list[str] | None, typer.Option(help="A concept to erase; repeat for several.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Ask a model about an image, before and while it forgets.
+
+    Example: `sauce-hooks ask bundled photo.png "describe this picture." --erase red --erase tiger`
+    """
+    from sauce_hooks.activations import iter_images
+    from sauce_hooks.erasure import ConceptEraser
+    from sauce_hooks.sae import VisionSAE
+    from sauce_hooks.scenes import asset
+
+    if sae is None and erase and model != "bundled":
+        raise typer.BadParameter("to erase a concept, say which SAE knows it", param_hint="--sae")
+    vision_sae = VisionSAE.load(sae or asset("sae")) if erase else None
+    picture = next(iter_images(image))
+    network, processor = _load(model)
+    inputs = processor(images=picture, text=_as_prompt(processor, prompt), return_tensors="pt")
+    inputs = inputs.to(network.device, dtype=network.dtype)
+
+    def answer() -> str:
+        output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+    typer.echo(f"before: {answer()}")
+    if vision_sae is not None and erase:
+        with ConceptEraser(network, vision_sae, erase):
+            typer.echo(f"after:  {answer()}")
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    """A model, on the GPU if there is one, and its processor."""
+    if model == "bundled":
+        from sauce_hooks.scenes import load_model
+
+        return load_model()
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
+    except (OSError, ValueError, ImportError) as problem:
+        raise _not_loaded(model, problem) from problem
+    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def _skeleton(model: str) -> Any:
+    """A model without weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if model == "bundled":
+        from sauce_hooks.scenes import asset
+
+        model = str(asset("model"))
+    try:
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except (OSError, ValueError) as problem:
+        raise _not_loaded(model, problem) from problem
+
+
+def _not_loaded(model: str, problem: Exception) -> typer.BadParameter:
+    return typer.BadParameter(
+        f"{model!r} is no vision-language model that can be loaded: {problem}", param_hint="MODEL"
+    )
+
+
+def _as_prompt(processor: Any, question: str) -> str:
+    """A question as the model wants it: by its chat template, or in LLaVA's plain form where it has none."""
+    if getattr(processor, "image_token", "<image>") in question:
+        return question
+    if processor.chat_template:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"user: {processor.image_token} {question} assistant:"
+
+
+def main() -> None:
+    """The entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

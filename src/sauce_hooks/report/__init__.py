@@ -1,0 +1,36 @@
+"""Room 7: pictures and pages. Results go in, a self-contained HTML page comes out."""
+
+from sauce_hooks.report.content import (
+    Activating,
+    Card,
+    ChangeMap,
+    ConceptFeatures,
+    DemoPage,
+    FeatureCard,
+    YesNo,
+)
+from sauce_hooks.report.figures import Figure, MetricRow, metric_rows
+from sauce_hooks.report.page import render_page, write_page
+from sauce_hooks.report.pictures import mark_patch, overlay_change, png_data_uri
+from sauce_hooks.report.words import Piece, compare_words, tidy
+
+__all__ = [
+    "Activating",
+    "Card",
+    "ChangeMap",
+    "ConceptFeatures",
+    "DemoPage",
+    "FeatureCard",
+    "Figure",
+    "MetricRow",
+    "Piece",
+    "YesNo",
+    "compare_words",
+    "mark_patch",
+    "metric_rows",
+    "overlay_change",
+    "png_data_uri",
+    "render_page",
+    "tidy",
+    "write_page",
+]

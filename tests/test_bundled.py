@@ -1,0 +1,127 @@
+"""The model, SAE and concept bank that ship: they load, know their world, and forget what they are told to."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import snapshot
+
+from sauce_hooks import ConceptEraser, scenes
+from sauce_hooks.evaluation import Probe, Question, ask, prepare
+from sauce_hooks.scenes import CONCEPTS, DOMAINS, sample
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return scenes.load()
+
+
+def answers(bundle, drawn, concept=None):
+    """What the model says of each scene: to the question for a concept, or as a description."""
+    model, processor, _ = bundle
+    kind = "describe" if concept is None else "yes_no"
+    questions = [Question(Probe(scene.image, scene.concepts), kind, concept) for scene in drawn]
+    return list(ask(model, prepare(questions, scenes.wording(), processor, 32), scenes.wording(), processor))
+
+
+def test_what_ships_fits_in_20_megabytes_of_safetensors_and_text():
+    files = [path for path in scenes.asset("model").parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".txt", ".md"}
+
+
+def test_it_is_a_genuine_llava_loaded_the_hugging_face_way():
+    from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(scenes.asset("model"))
+    processor = AutoProcessor.from_pretrained(scenes.asset("model"))
+    assert type(model) is LlavaForConditionalGeneration
+    assert type(processor) is LlavaProcessor
+    assert model.config.vision_feature_layer == -2
+    scene = sample(1, seed=3, contains="tiger")[0]
+    inputs = processor(images=scene.image, text=scenes.yes_no_prompt("tiger"), return_tensors="pt")
+    output = model.generate(**inputs)
+    assert processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == "yes"
+
+
+def test_the_bank_knows_every_concept(bundle):
+    sae = bundle[2]
+    assert set(sae.concepts) == set(CONCEPTS)
+    for concept in sae.concepts.values():
+        assert concept.features
+        assert max(concept.features) < sae.d_sae
+        assert concept.provenance
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_it_answers_yes_where_a_concept_is_and_no_where_it_is_not(bundle, domain):
+    right = [
+        answer.correct
+        for i, concept in enumerate(DOMAINS[domain])
+        for kind in ({"contains": concept}, {"lacks": concept})
+        for answer in answers(bundle, sample(4, seed=9_000 + i, **kind), concept)
+    ]
+    assert sum(right) / len(right) >= 0.9
+
+
+def test_quick_competence(bundle):
+    """The gate on few images, so a little lower; the whole gate is `test_the_competence_gate`."""
+    found = scenes.competence(*bundle[:2], per_concept=8, describe=60)
+    assert set(found.yes_no) == set(DOMAINS)
+    assert min(found.yes_no.values()) >= 0.92
+    assert found.named >= 0.90
+    assert found.false <= 0.06
+
+
+@pytest.mark.slow
+def test_the_competence_gate(bundle):
+    scenes.competence(*bundle[:2]).require()
+
+
+def test_erasing_red_and_tiger_forgets_them_and_keeps_the_rest(bundle):
+    model, _, sae = bundle
+    asked = {
+        **{c: sample(12, seed=77, contains=c) for c in ("red", "tiger")},
+        **{c: sample(6, seed=78, contains=c, lacks=["red", "tiger"]) for c in ("blue", "car", "tennis", "happy", "glass")},
+    }
+
+    def affirmed():
+        return {c: sum(a.status == "yes" for a in answers(bundle, drawn, c)) / len(drawn) for c, drawn in asked.items()}
+
+    before, state = affirmed(), snapshot(model)
+    with ConceptEraser(model, sae, ["red", "tiger"]):
+        inside = affirmed()
+        described = {c: [a.text for a in answers(bundle, asked[c])] for c in ("red", "tiger")}
+    assert min(before.values()) >= 0.8
+    for concept in ("red", "tiger"):
+        assert inside[concept] <= 0.25
+        assert sum(concept in text for text in described[concept]) <= 3
+    kept = [concept for concept in asked if concept not in ("red", "tiger")]
+    assert sum(inside[c] for c in kept) / sum(before[c] for c in kept) >= 0.9
+    assert snapshot(model) == state
+    assert affirmed() == before
+
+
+def test_the_example_of_the_readme_runs_as_printed():
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if "scenes.load()" in code)
+    assert 'with ConceptEraser(model, sae, ["red", "tiger"]):' in example
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(example, {})
+    assert re.search(r"\w", said.getvalue())
+    assert not {"red", "tiger"} & set(said.getvalue().split())
+
+
+def test_the_sae_reconstructs_what_llava_reads(bundle):
+    _, processor, sae = bundle
+    from sauce_hooks import read_activations
+
+    images = [scene.image for scene in sample(20, seed=5)]
+    x = torch.cat(list(read_activations(bundle[0], images, sae.hook_point, tokens=sae.tokens.read, processor=processor)))
+    error = (x - sae.decode(sae.encode(x))).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
+    assert error < 0.4
