@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
 from tiny import build_llava, build_processor, logits, make_vision_sae, model_inputs
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import D_IN, N_PATCHES, logits, model_inputs, pictures, snapshot
 
 from sauce_hooks.activations import count_images, iter_images, read_activations, shuffled_batches
 from sauce_hooks.errors import HookPointError, ImagesError, NonFiniteActivationsError, UnreadableImageWarning
 from sauce_hooks.hookpoint import find_hook_point, token_slice
+from tiny import D_IN, N_PATCHES, logits, model_inputs, pictures, snapshot
 
 
 def rows(model, images, **options):
@@ -131,7 +131,10 @@ def sources(folder, processor):
         "dataset": Dataset.from_dict({"image": images}),
         "dataset rows": [{"image": image} for image in images],
         "model inputs": inputs,
-        "list of model inputs": [{"pixel_values": inputs["pixel_values"][:1]}, {"pixel_values": inputs["pixel_values"][1:]}],
+        "list of model inputs": [
+            {"pixel_values": inputs["pixel_values"][:1]},
+            {"pixel_values": inputs["pixel_values"][1:]},
+        ],
         "generator of model inputs": (batch for batch in [inputs]),
     }
 
@@ -203,7 +206,7 @@ def test_all_unreadable_is_an_error_that_names_them(cold, processor, tmp_path):
 
 @pytest.mark.parametrize("nothing", [[], (), iter(()), "no/such/folder", np.zeros((0, 32, 32, 3))])
 def test_no_images_is_an_error(cold, processor, nothing):
-    with pytest.raises(ImagesError, match="no images|no such folder"):
+    with pytest.raises(ImagesError, match=r"no images|no such folder"):
         rows(cold, nothing, processor=processor)
 
 

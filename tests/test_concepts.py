@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import D_SAE, make_vision_sae, model_inputs, pictures, snapshot
 
 from sauce_hooks import Concept, ConceptBank, learn_concept, read_activations
 from sauce_hooks.concepts import SetStatistics, accumulate, sauce_score, select_features, set_statistics
 from sauce_hooks.errors import ContrastError, EditError, ImagesError, SAEFileError, UnknownConceptError
+from tiny import D_SAE, make_vision_sae, model_inputs, pictures, snapshot
 
 seeds = st.integers(0, 2**20)
 BRIGHT = [{"pixel_values": 1.5 + 0.3 * model_inputs(6, seed=i)["pixel_values"]} for i in range(2)]
@@ -255,7 +255,8 @@ def test_a_failed_save_leaves_the_old_bank(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{}", "noise", json.dumps({"format": 99, "concepts": []}), json.dumps({"format": 1, "concepts": [3]}),
-     json.dumps({"format": 1, "concepts": [{"name": "red"}]}), json.dumps({"format": 1}), json.dumps({"format": 1, "concepts": 3}),
+     json.dumps({"format": 1, "concepts": [{"name": "red"}]}), json.dumps({"format": 1}),
+     json.dumps({"format": 1, "concepts": 3}),
      '{"format": 1, "concepts": [{"name": "a", "features": ["x"], "scores": [], "gamma": null, "provenance": {}}]}'],
 )  # fmt: skip
 def test_what_is_no_bank_is_an_error(tmp_path, text):

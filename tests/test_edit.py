@@ -2,11 +2,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import D_IN, D_SAE, make_sae
 
 from sauce_hooks.erasure import FeatureEdit, MergedEdit, ProjectionEdit
-from sauce_hooks.erasure.edit import Columns, decode_edit, dense_delta_edit, project_out, scale_features, sparse_delta_edit
+from sauce_hooks.erasure.edit import (
+    Columns,
+    decode_edit,
+    dense_delta_edit,
+    project_out,
+    scale_features,
+    sparse_delta_edit,
+)
 from sauce_hooks.errors import EditError
+from tiny import D_IN, D_SAE, make_sae
 
 ELEMENTWISE = ["standard", "jumprelu"]
 EVERY = {
@@ -24,7 +31,9 @@ EVERY = {
 """What an SAE can be, by name: the architecture first."""
 
 seeds = st.integers(0, 2**20)
-gammas = st.dictionaries(st.integers(0, D_SAE - 1), st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=12)
+gammas = st.dictionaries(
+    st.integers(0, D_SAE - 1), st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=12
+)
 
 
 def sae_of(kind, **options):
@@ -32,7 +41,9 @@ def sae_of(kind, **options):
 
 
 def acts(seed, dtype=torch.float64, batch=3, tokens=5):
-    return torch.randn(batch, tokens, D_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(batch, tokens, D_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def edit(sae, gammas, preserve_error=True, tokens="patches"):
@@ -45,7 +56,7 @@ def tensors(gammas, dtype=torch.float64):
 
 @torch.no_grad()
 def by_definition(sae, x, gammas):
-    """x + decode(C(z)) − decode(z), each from an encoding of its own (some SAEs keep the input's norm for one decode)."""
+    """x + decode(C(z)) − decode(z), each from its own encoding: some SAEs keep the input's norm for one decode."""
     edited = sae.decode(scale_features(sae.encode(x), *tensors(gammas, sae.dtype)))
     return x + (edited - sae.decode(sae.encode(x)))
 
@@ -155,8 +166,8 @@ def test_the_edit_is_decode_of_the_change_minus_decode(kind, seed, gammas):
 @pytest.mark.parametrize("architecture", ELEMENTWISE)
 @pytest.mark.parametrize(
     ("acts_dtype", "sae_dtype"),
-    [("float32", "float32"), ("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32"), ("float16", "float32"),
-     ("bfloat16", "bfloat16")],
+    [("float32", "float32"), ("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32"),
+     ("float16", "float32"), ("bfloat16", "bfloat16")],
 )  # fmt: skip
 @given(seed=seeds, gammas=gammas)
 def test_sparse_equals_dense_within_rounding(architecture, acts_dtype, sae_dtype, seed, gammas):
@@ -264,7 +275,9 @@ def basis(seed, r):
 
 
 def projection(directions_rd, center=None):
-    return ProjectionEdit(directions_rd, torch.zeros(D_IN, dtype=directions_rd.dtype) if center is None else center, "patches")
+    return ProjectionEdit(
+        directions_rd, torch.zeros(D_IN, dtype=directions_rd.dtype) if center is None else center, "patches"
+    )
 
 
 @given(seed=seeds, r=st.integers(1, 6))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import D_SAE, build_llava, logits, make_sae, make_vision_sae, model_inputs, snapshot, weights
 
 from sauce_hooks import Concept, ConceptBank, ConceptEraser, VisionSAE, find_hook_point, read_activations
 from sauce_hooks.erasure import PAPER_GAMMA, merge
@@ -20,6 +19,7 @@ from sauce_hooks.errors import (
     SAEMismatchError,
     UnknownConceptError,
 )
+from tiny import D_SAE, build_llava, logits, make_sae, make_vision_sae, model_inputs, snapshot, weights
 
 
 def erased(model, sae, concepts=("red", "tiger"), **options):
@@ -43,7 +43,9 @@ def test_erasing_changes_the_answer_alike_on_a_cold_and_a_warm_model(cold, model
 @pytest.mark.parametrize("architecture", ["standard", "jumprelu", "topk"])
 @pytest.mark.parametrize("preserve_error", [True, False])
 def test_every_block_that_is_read_can_be_edited(model, layer, architecture, preserve_error):
-    sae = VisionSAE.wrap(make_sae(architecture, **({"k": 8} if architecture == "topk" else {})), find_hook_point(model, layer))
+    sae = VisionSAE.wrap(
+        make_sae(architecture, **({"k": 8} if architecture == "topk" else {})), find_hook_point(model, layer)
+    )
     before, state = logits(model), snapshot(model)
     assert not torch.allclose(erased(model, sae, [range(D_SAE)], preserve_error=preserve_error), before, atol=1e-3)
     assert snapshot(model) == state
@@ -131,7 +133,7 @@ def leave_by_exception(model, sae):
 
 
 def leave_by_exception_in_the_model(model, sae):
-    with pytest.raises(Exception, match="."), ConceptEraser(model, sae, ["red"]):
+    with pytest.raises(Exception, match=r"."), ConceptEraser(model, sae, ["red"]):
         logits(model, {**model_inputs(), "pixel_values": torch.zeros(2, 3, 7, 7)})
 
 
@@ -447,11 +449,11 @@ def test_a_feature_that_the_sae_lacks_is_an_error(model, sae, features):
 
 
 def test_an_sae_of_another_width_is_an_error(model, sae):
-    with pytest.raises(SAEMismatchError, match="16.*32"):
+    with pytest.raises(SAEMismatchError, match=r"16.*32"):
         VisionSAE.wrap(make_sae(d_in=16), sae.hook_point)
-    with pytest.raises(SAEMismatchError, match="16.*32"):
+    with pytest.raises(SAEMismatchError, match=r"16.*32"):
         ConceptEraser(model, make_sae(d_in=16), [[1]], hook_point=sae.hook_point)
-    with pytest.raises(SAEMismatchError, match="32.*64"):
+    with pytest.raises(SAEMismatchError, match=r"32.*64"):
         ConceptEraser(build_llava(width=64), sae, ["red"])
 
 
@@ -461,7 +463,7 @@ def test_a_bare_sae_without_a_place_is_an_error(model):
 
 
 def test_a_place_that_contradicts_the_sae_is_an_error(model, sae):
-    with pytest.raises(SAEMismatchError, match="layers.2.*layers.1"):
+    with pytest.raises(SAEMismatchError, match=r"layers\.2.*layers\.1"):
         ConceptEraser(model, sae, ["red"], hook_point=find_hook_point(model, -3))
 
 

@@ -6,9 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
-from tiny import D_IN, D_SAE, build_llava, make_vision_sae, model_inputs, pictures, snapshot
 
-from sauce_hooks import Concept, ConceptEraser, Results, TokenPolicy, evaluate, find_hook_point, read_activations, scenes
+from sauce_hooks import (
+    Concept,
+    ConceptEraser,
+    Results,
+    TokenPolicy,
+    evaluate,
+    find_hook_point,
+    read_activations,
+    scenes,
+)
 from sauce_hooks.errors import UnknownConceptError
 from sauce_hooks.evaluation import (
     METRICS,
@@ -26,6 +34,7 @@ from sauce_hooks.evaluation import (
 from sauce_hooks.evaluation.answers import read_description, read_yes_no
 from sauce_hooks.evaluation.baselines import difference_of_means, erasing, token_mean
 from sauce_hooks.evaluation.metrics import auroc, bootstrap_mean, rate, score
+from tiny import D_IN, D_SAE, build_llava, logits, make_vision_sae, model_inputs, pictures, snapshot
 
 # Reading answers. ----------------------------------------------------------------------------------------------------
 
@@ -36,8 +45,8 @@ FRENCH = Wording(yes_no="{} ?".format, describe=lambda: "décris.", yes=("oui",)
 @pytest.mark.parametrize(
     ("text", "status"),
     [("yes", "yes"), ("Yes, there is a tiger.", "yes"), (' "YES!"', "yes"), ("no", "no"), ("\nNo, there is not", "no"),
-     ("nothing", "invalid"), ("yesterday", "invalid"), ("there is, yes", "invalid"), ("", "invalid"), ("...", "invalid"),
-     ("oui", "invalid"), ("I'm sorry, I can't say", "refusal"), ("Sorry", "refusal"), ("I am unable to tell", "refusal")],
+     ("nothing", "invalid"), ("yesterday", "invalid"), ("there is, yes", "invalid"), ("", "invalid"), ("?", "invalid"),
+     ("oui", "invalid"), ("I'm sorry, I can't say", "refusal"), ("Sorry", "refusal"), ("unable to tell", "refusal")],
 )  # fmt: skip
 def test_the_first_word_decides_a_yes_no_answer(text, status):
     assert read_yes_no(text, ENGLISH) == status
@@ -49,7 +58,8 @@ def test_answers_are_read_in_the_language_asked(text, status):
 
 
 @pytest.mark.parametrize(
-    ("text", "status"), [("a red tiger.", "text"), ("", "invalid"), (" . ", "invalid"), ("I cannot describe it", "refusal")]
+    ("text", "status"),
+    [("a red tiger.", "text"), ("", "invalid"), (" . ", "invalid"), ("I cannot describe it", "refusal")],
 )
 def test_a_description_is_text_a_refusal_or_nothing(text, status):
     assert read_description(text) == status
@@ -57,16 +67,19 @@ def test_a_description_is_text_a_refusal_or_nothing(text, status):
 
 @pytest.mark.parametrize(
     ("text", "concept", "named"),
-    [("a red tiger.", "tiger", True), ("Two Tigers!", "tiger", True), ("TIGER", "tiger", True), ("two foxes", "fox", True),
-     ("a tigerish cat", "tiger", False), ("a starfish", "fish", False), ("a bored face", "red", False), ("a scar", "car", False),
-     ("", "car", False), ("a polar bear", "polar bear", True), ("any dot", "a.y", False)],
+    [("a red tiger.", "tiger", True), ("Two Tigers!", "tiger", True), ("TIGER", "tiger", True), ("foxes", "fox", True),
+     ("a tigerish cat", "tiger", False), ("a starfish", "fish", False), ("a bored face", "red", False),
+     ("a scar", "car", False), ("", "car", False), ("a polar bear", "polar bear", True), ("any dot", "a.y", False)],
 )  # fmt: skip
 def test_a_concept_is_named_as_a_whole_word_in_any_case_or_number(text, concept, named):
     assert mentions(text, concept) is named
 
 
-@pytest.mark.parametrize(("said", "truth", "correct"), [("yes", True, True), ("no", False, True), ("yes", False, False),
-                                                        ("no", True, False), ("refusal", False, False), ("invalid", True, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "truth", "correct"),
+    [("yes", True, True), ("no", False, True), ("yes", False, False), ("no", True, False), ("refusal", False, False),
+     ("invalid", True, False)],
+)  # fmt: skip
 def test_only_the_true_answer_is_correct(said, truth, correct):
     probe = Probe(pictures(1)[0], frozenset({"tiger"} if truth else ()))
     assert Answer(Question(probe, "yes_no", "tiger"), "", said, 0.0).correct is correct
@@ -138,7 +151,8 @@ def test_every_metric_by_hand():
     own = [
         described(red_tiger, "a red thing."), asked(red_tiger, "tiger", "no", -1), asked(red_tiger, "red", "yes"),
         described(blue_tiger, "a tiger."), asked(blue_tiger, "tiger", "yes", 2), asked(blue_tiger, "blue", "no"),
-        described(tiger_and_cat, "a cat."), asked(tiger_and_cat, "tiger", "sorry", -3), asked(tiger_and_cat, "cat", "no"),
+        described(tiger_and_cat, "a cat."), asked(tiger_and_cat, "tiger", "sorry", -3),
+        asked(tiger_and_cat, "cat", "no"),
         asked(probe("cat"), "tiger", "no", -2), asked(probe("red"), "tiger", "yes", 0),
     ]  # fmt: skip
     others = [
@@ -258,7 +272,9 @@ def test_questions_asked_together_are_answered_as_alone(talker, processor, phras
     together = list(ask(talker, prepare(questions(), wording, processor, 4), wording, processor))
     alone = [a for q in questions() for a in ask(talker, prepare([q], wording, processor, 1), wording, processor)]
     assert [(a.text, a.status) for a in together] == [(a.text, a.status) for a in alone]
-    torch.testing.assert_close([a.margin for a in together], [a.margin for a in alone], equal_nan=True, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        [a.margin for a in together], [a.margin for a in alone], equal_nan=True, rtol=1e-3, atol=1e-3
+    )
     assert {a.status for a in together[:4]} & {"yes", "no"}
 
 
@@ -267,10 +283,10 @@ def test_the_margin_is_logit_yes_minus_logit_no(talker, processor):
     wording = scenes.wording()
     (batch,) = prepare(questions()[:1], wording, processor, 1)
     (answer,) = ask(talker, [batch], wording, processor)
-    logits = talker(**batch.inputs).logits[0, -1]
+    last = talker(**batch.inputs).logits[0, -1]
     yes, no = (processor.tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no"))
-    assert answer.margin == pytest.approx(float(logits[yes] - logits[no]), rel=1e-4)
-    assert answer.text.split()[0] == processor.decode(logits.argmax())
+    assert answer.margin == pytest.approx(float(last[yes] - last[no]), rel=1e-4)
+    assert answer.text.split()[0] == processor.decode(last.argmax())
 
 
 # evaluate. -----------------------------------------------------------------------------------------------------------
@@ -326,7 +342,9 @@ def test_doing_nothing_scores_as_the_original_model(talker, probes, processor):
 def test_methods_get_the_concept_to_erase(talker, probes, processor):
     sae, seen = make_vision_sae(talker), []
     methods = {"mine": lambda concept: seen.append(concept) or ConceptEraser(talker, sae, [concept])}
-    assert values(run(talker, probes, processor, methods), "mine") == values(run(talker, probes, processor, sae=sae), "SAUCE")
+    assert values(run(talker, probes, processor, methods), "mine") == values(
+        run(talker, probes, processor, sae=sae), "SAUCE"
+    )
     assert seen == ["tiger", "red"]
 
 
@@ -366,9 +384,8 @@ def test_the_difference_of_means_is_projected_out():
 
 
 def test_projections_take_effect_and_leave_the_model_as_it_was(model):
-    from tiny import logits
-
-    edits = [difference_of_means(*torch.randn(2, D_IN), TokenPolicy()) for _ in range(2)]
+    one, other, without = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(0))
+    edits = [difference_of_means(mean, without, TokenPolicy()) for mean in (one, other)]
     before, state = logits(model), snapshot(model)
     with erasing(model, find_hook_point(model), edits):
         assert not torch.allclose(logits(model), before, atol=1e-4)

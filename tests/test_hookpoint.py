@@ -4,11 +4,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import N_LAYERS, N_PATCHES, build_llava, model_inputs
 from torch import nn
 
 from sauce_hooks.errors import HookPointError, TokenPolicyError
-from sauce_hooks.hookpoint import HookPoint, TokenLayout, TokenPolicy, find_hook_point, select, token_slice, tokens_per_image
+from sauce_hooks.hookpoint import (
+    HookPoint,
+    TokenLayout,
+    TokenPolicy,
+    find_hook_point,
+    select,
+    token_slice,
+    tokens_per_image,
+)
+from tiny import N_LAYERS, N_PATCHES, build_llava, model_inputs
 
 BLOCKS = "model.vision_tower.encoder.layers"
 
@@ -64,7 +72,9 @@ def test_a_bare_vision_tower_has_hook_points_too(cold):
     assert alone.layout == inside.layout
 
 
-@pytest.mark.parametrize("layer", [0, N_LAYERS + 1, -N_LAYERS - 1, f"{BLOCKS}.{N_LAYERS}", "model.language_model", "", "?"])
+@pytest.mark.parametrize(
+    "layer", [0, N_LAYERS + 1, -N_LAYERS - 1, f"{BLOCKS}.{N_LAYERS}", "model.language_model", "", "?"]
+)
 def test_a_missing_layer_is_an_error_that_says_which_there_are(cold, layer):
     with pytest.raises(HookPointError, match=f"{N_LAYERS} blocks"):
         find_hook_point(cold, layer)
@@ -103,13 +113,17 @@ def test_a_hook_point_survives_json(hook_point):
     assert HookPoint.from_dict(json.loads(json.dumps(hook_point.to_dict()))) == hook_point
 
 
-@pytest.mark.parametrize(("tokens", "chosen"), [("all", [0, 1, 2, 3]), ("patches", [1, 2, 3]), ("class", [0]), ("last", [3])])
+@pytest.mark.parametrize(
+    ("tokens", "chosen"), [("all", [0, 1, 2, 3]), ("patches", [1, 2, 3]), ("class", [0]), ("last", [3])]
+)
 def test_a_policy_names_its_tokens(tokens, chosen):
     acts_btd = torch.arange(4.0)[None, :, None].expand(2, 4, 5)
     assert select(acts_btd, TokenLayout("first"), tokens)[0, :, 0].tolist() == chosen
 
 
-@pytest.mark.parametrize(("tokens", "count"), [("all", N_PATCHES + 1), ("patches", N_PATCHES), ("class", 1), ("last", 1)])
+@pytest.mark.parametrize(
+    ("tokens", "count"), [("all", N_PATCHES + 1), ("patches", N_PATCHES), ("class", 1), ("last", 1)]
+)
 def test_tokens_per_image_counts_what_is_selected(model, tokens, count):
     hook_point = find_hook_point(model)
     assert tokens_per_image(model, hook_point, tokens) == count
@@ -124,7 +138,7 @@ def test_a_tower_without_class_token_has_none_to_name():
 
 @pytest.mark.parametrize("choice", [{"read": "every"}, {"edit": "class"}, {"read": ""}])
 def test_an_unknown_policy_is_an_error(choice):
-    with pytest.raises((TokenPolicyError, TypeError), match="policy|type"):
+    with pytest.raises((TokenPolicyError, TypeError), match=r"policy|type"):
         TokenPolicy(**choice)
 
 

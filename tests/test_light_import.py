@@ -5,7 +5,17 @@ import pytest
 
 import sauce_hooks
 
-HEAVY = "transformers sae_lens transformer_lens nnsight datasets wandb matplotlib pandas statsmodels".split()
+HEAVY = [
+    "transformers",
+    "sae_lens",
+    "transformer_lens",
+    "nnsight",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "pandas",
+    "statsmodels",
+]
 
 
 def test_importing_the_library_imports_nothing_heavy():

@@ -5,13 +5,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import build_llava, logits, pictures
 
 from sauce_hooks import scenes
 from sauce_hooks.errors import UnknownConceptError
 from sauce_hooks.scenes import CONCEPTS, CONCRETE, DOMAINS, HELD_OUT, SIBLINGS, Scene, Thing, domain_of, sample
-from sauce_hooks.scenes.language import DESCRIBE, FRENCH, LANGUAGES, NAMES, NO, YES, YES_NO, caption, split_words, vocabulary
+from sauce_hooks.scenes.language import (
+    DESCRIBE,
+    FRENCH,
+    LANGUAGES,
+    NAMES,
+    NO,
+    YES,
+    YES_NO,
+    caption,
+    split_words,
+    vocabulary,
+)
 from sauce_hooks.scenes.render import IMAGE_SIZE, render
+from tiny import build_llava, logits, pictures
 
 seeds = st.integers(0, 2**30)
 splits = st.sampled_from(["train", "val", "test"])
@@ -184,7 +195,7 @@ def test_french_names_are_single_words_of_their_own():
 def test_prompts_hold_one_image_and_the_concept(language):
     yes_no = [[scenes.yes_no_prompt(c, p, language) for c in CONCEPTS] for p in range(len(YES_NO[language]))]
     describe = [scenes.describe_prompt(p, language) for p in range(len(DESCRIBE[language]))]
-    every = [*sum(yes_no, []), *describe]
+    every = [*(prompt for prompts in yes_no for prompt in prompts), *describe]
     assert len(set(every)) == len(every)
     assert {prompt.count("<image>") for prompt in every} == {1}
     for prompts in yes_no:
@@ -206,8 +217,10 @@ def test_a_prompt_for_an_unknown_concept_is_an_error():
 def test_the_tokenizer_knows_every_word_there_is(processor, seed):
     tokenizer = processor.tokenizer
     texts = [caption(scene, language) for scene in sample(2, seed=seed) for language in LANGUAGES]
-    texts += [scenes.yes_no_prompt(c, p, lang) for lang in LANGUAGES for c in CONCEPTS for p in range(len(YES_NO[lang]))]
-    assert tokenizer.unk_token_id not in sum(tokenizer(texts).input_ids, [])
+    texts += [
+        scenes.yes_no_prompt(c, p, lang) for lang in LANGUAGES for c in CONCEPTS for p in range(len(YES_NO[lang]))
+    ]
+    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(texts).input_ids)
     assert len(set(vocabulary())) == len(vocabulary())
     back = tokenizer.decode(tokenizer(texts[0]).input_ids, skip_special_tokens=True)
     assert split_words(back) == split_words(texts[0])
@@ -236,7 +249,12 @@ def test_probes_hold_and_lack_what_they_should(probes):
 
 
 def test_no_image_is_probed_twice_or_in_two_splits(probes):
-    every = [image for f in probes.values() for sets in (f.positives, f.retained, f.negatives) for image in pixels(sets.values())]
+    every = [
+        image
+        for f in probes.values()
+        for sets in (f.positives, f.retained, f.negatives)
+        for image in pixels(sets.values())
+    ]
     assert len(set(every)) == len(every)
 
 

@@ -1,4 +1,4 @@
-"""Tiny stand-ins with random weights: a LLaVA, SAEs, inputs. And `snapshot`, which sees everything a hook could leave."""
+"""Tiny stand-ins with random weights: a LLaVA, SAEs, inputs. And `snapshot`, which sees all that a hook could leave."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ BOS, IMAGE = 1, 4
 
 def build_llava(vocabulary: int = 64, seed: int = 0, width: int = D_IN, tower: str = "clip") -> Any:
     """A LLaVA whose weights are all random, so that the image really reaches the logits."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
 
     vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](
         hidden_size=width,
@@ -87,7 +93,13 @@ def logits(model: Any, inputs: dict[str, Tensor] | None = None) -> Tensor:
 
 
 def make_sae(
-    architecture: str = "jumprelu", *, d_in: int = D_IN, d_sae: int = D_SAE, seed: int = 0, dtype: str = "float32", **options: Any
+    architecture: str = "jumprelu",
+    *,
+    d_in: int = D_IN,
+    d_sae: int = D_SAE,
+    seed: int = 0,
+    dtype: str = "float32",
+    **options: Any,
 ) -> Any:
     """An SAE-Lens SAE, every weight random; thresholds positive."""
     from sae_lens.registry import get_sae_class

@@ -1,4 +1,4 @@
-"""The command line: one command a verb, each a thin call of the public API. Heavy imports wait until they are needed."""
+"""The command line: one command a verb, a thin call of the public API. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -23,25 +24,27 @@ def _percent(share: float) -> str:
     return f"{percent:.1f}%" if percent >= 1 else f"{percent:.2g}%"
 
 
-def _environment() -> Environment:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"picture": png_data_uri, "thumbnail": thumbnail, "percent": _percent}
-    environment.tests["contains"] = operator.contains
-    environment.globals |= {
-        "compare_words": compare_words,
-        "mark_patch": mark_patch,
-        "metric_rows": metric_rows,
-        "overlay_change": overlay_change,
-        "change_color": "rgb({}, {}, {})".format(*CHANGE_RGB),
-    }
-    return environment
+_FILTERS: dict[str, Any] = {"picture": png_data_uri, "thumbnail": thumbnail, "percent": _percent}
+_TESTS: dict[str, Any] = {"contains": operator.contains}
+_GLOBALS: dict[str, Any] = {
+    "compare_words": compare_words,
+    "mark_patch": mark_patch,
+    "metric_rows": metric_rows,
+    "overlay_change": overlay_change,
+    "change_color": "rgb({}, {}, {})".format(*CHANGE_RGB),
+}
+"""All that the template can call."""
 
 
 def render_page(page: DemoPage) -> str:
     """The page as HTML: its style, pictures and plots are inside, so that one file is all there is."""
     template = (files("sauce_hooks.report") / _TEMPLATE).read_text(encoding="utf-8")
     strongest = max((float(change.max()) for m in page.maps for change in m.changes.values()), default=0.0)
-    return _environment().from_string(template).render(page=page, strongest=strongest)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(_FILTERS)
+    environment.tests.update(_TESTS)
+    environment.globals.update(_GLOBALS)
+    return environment.from_string(template).render(page=page, strongest=strongest)
 
 
 def write_page(page: DemoPage, path: str | Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -130,7 +130,7 @@ def content(*, quick: bool = False, console: Console | None = None) -> DemoPage:
 
 
 @contextmanager
-def _step(progress: Progress, name: str) -> Iterator[None]:
+def _step(progress: Progress, name: str) -> Generator[None]:
     task = progress.add_task(name, total=1)
     yield
     progress.advance(task)
@@ -140,7 +140,7 @@ def _step(progress: Progress, name: str) -> Iterator[None]:
 
 
 def _find(held: Sequence[str], seed: int) -> Scene:
-    """The first scene of a test stream that holds these erased concepts, no other, and enough besides to lose by mistake.
+    """The first scene of a test stream that holds these erased concepts, no other, and more that might be lost.
 
     Where none is held, there is at least a look-alike.
     """
@@ -233,7 +233,7 @@ def _measure(
     task = progress.add_task("erase and measure each concept", total=len(concepts))
 
     @contextmanager
-    def erasing(concept: str) -> Iterator[None]:
+    def erasing(concept: str) -> Generator[None]:
         with ConceptEraser(model, sae, [concept]):
             yield
         progress.advance(task)
@@ -339,8 +339,10 @@ def _settings(sae: VisionSAE, eraser: ConceptEraser) -> dict[str, str]:
 
 # The terminal. --------------------------------------------------------------------------------------------------------
 
+_BEFORE, _AFTER = ("same", "remembered", "forgotten", "lost"), ("same", "remembered", "new")
 _STYLES = {
     "same": "not dim",
+    "remembered": "not dim bold",
     "forgotten": "not dim bold red strike",
     "lost": "not dim yellow strike",
     "new": "not dim green",
@@ -353,12 +355,12 @@ def _print(page: DemoPage, path: Path, console: Console) -> None:
     for card in page.cards:
         before, after = Text("  before  ", "dim"), Text("  after   ", "dim")
         for piece in compare_words(card.before, card.after, page.erased):
-            for line, changes in ((before, ("same", "forgotten", "lost")), (after, ("same", "new"))):
+            for line, changes in ((before, _BEFORE), (after, _AFTER)):
                 if piece.change in changes:
                     line.append(piece.lead).append(piece.text, _STYLES[piece.change])
         console.print(before, after, sep="\n", end="\n\n")
     table = Table(title=f"Mean over {', '.join(page.results.concepts)}; percent [95% interval]", title_justify="left")
-    for heading in ("metric", "original", "erased", "share kept"):
+    for heading in ("metric", "original", "erased", "kept"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for rows in metric_rows(page.results).values():
         for row in rows:
@@ -369,4 +371,4 @@ def _print(page: DemoPage, path: Path, console: Console) -> None:
 
 
 def _figure(figure: Figure | None) -> str:
-    return "–" if figure is None else escape(f"{figure.value:.1f} [{figure.low:.0f}, {figure.high:.0f}]")
+    return "–" if figure is None else escape(f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]")

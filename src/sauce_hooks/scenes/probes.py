@@ -25,6 +25,7 @@ def probes(
     n: int = 50,
     *,
     retained: int = 10,
+    negatives: int | None = None,
     split: Split = "test",
     seed: int = 0,
     phrasing: int = 0,
@@ -33,8 +34,9 @@ def probes(
     """The protocol's images for every concept of the world.
 
     Args:
-        n: images that hold each concept, and as many that lack it.
+        n: images that hold each concept.
         retained: further images of each concept, for IRA, CRA and the true-negative rate.
+        negatives: images that lack each concept; `n` by default.
         split: "val" to choose settings, "test" to report.
         seed: another draw of the same.
         phrasing: which phrasing of the questions; −1 is the one never trained on.
@@ -51,6 +53,6 @@ def probes(
         domains=DOMAINS,
         positives={concept: draw(n, "positives", concept) for concept in CONCEPTS},
         retained={concept: draw(retained, "retained", concept) for concept in CONCEPTS},
-        negatives={concept: draw(n, "negatives", concept) for concept in CONCEPTS},
+        negatives={concept: draw(n if negatives is None else negatives, "negatives", concept) for concept in CONCEPTS},
         wording=wording(phrasing, language),
     )

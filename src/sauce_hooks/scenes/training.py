@@ -2,9 +2,9 @@
 
     python -m sauce_hooks.scenes.training --out runs/scenes          # resumes what it finds there
 
-Three stages, each resumable: draw a pool of training scenes; train the CLIP tower through linear heads on its penultimate
-patch tokens; train projector and language model on the frozen tower. The result is a `LlavaForConditionalGeneration`
-with its processor, saved the Hugging Face way.
+Stages, each resumable: draw a pool of training scenes; train the CLIP tower through linear heads on its penultimate patch
+tokens; train projector and language model on the frozen tower; train the SAE and, for comparison, the paper's; learn the
+concept bank. Model and processor are saved the Hugging Face way, the SAEs as `VisionSAE`s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sauce_hooks.sae import VisionSAE, train_sae
 from sauce_hooks.scenes import language, world
+from sauce_hooks.scenes.bundled import asset, competence, load_model
+from sauce_hooks.scenes.learning import learn_bank
 
 PIXELS, PATCH = 48, 8
 N_PATCHES = (PIXELS // PATCH) ** 2
@@ -58,6 +62,9 @@ class Recipe:
     lm_steps: int = 3_000
     lm_batch: int = 32
     lm_lr: float = 1.5e-3
+    sae_expansion: int = 8
+    paper_sae_epochs: int = 43
+    """Epochs over the pool that make the paper's 2,500 optimiser steps (1.28 million images twice, in batches of 1,024)."""
     questions: int = 6
     """Yes/no questions asked of each image in a step, half of them true."""
 
@@ -464,23 +471,64 @@ def save(model: Any, processor: Any, recipe: Recipe, out: Path) -> None:
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 
 
+class PoolBatches(Sequence[dict[str, Tensor]]):
+    """The pool's pictures as batches of model inputs, normalised when they are asked for."""
+
+    def __init__(self, pixels: np.ndarray, size: int = 200) -> None:
+        self._pixels, self._size = pixels, size
+
+    def __len__(self) -> int:
+        return -(-len(self._pixels) // self._size)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"pixel_values": normalize(self._pixels[index * self._size : (index + 1) * self._size])}
+
+
+def train_saes(recipe: Recipe, model: Any, folder: Path, out: Path) -> None:
+    """The bundled SAE, and one with the paper's settings to the letter for the comparison."""
+    pixels, _ = load_pool(recipe, folder)
+    images = PoolBatches(pixels)
+    if not (out / "sae" / "vision_sae.json").exists():
+        train_sae(model, images, preset="batchtopk", expansion=recipe.sae_expansion, out=out / "sae", resume=True)
+    if not (out / "sae_paper" / "vision_sae.json").exists():
+        sae = train_sae(model, images, preset="sauce", epochs=recipe.paper_sae_epochs, out=out / "sae_paper", resume=True)
+        sae.sae.to(dtype=torch.bfloat16)  # half the bytes; it is loaded in float32 again
+        sae.save(out / "sae_paper")
+
+
 def train(out: Path, recipe: Recipe) -> None:
     """All stages, resuming whatever is already in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        draw_pool(recipe, out / "pool", progress)
-        processor = build_processor()
-        model = build_model(recipe, len(processor.tokenizer)).to(device)
-        train_tower(recipe, model, out / "pool", out, progress)
-        train_reader(recipe, model, processor, out / "pool", out, progress)
-    save(model.cpu(), processor, recipe, out / "model")
+    if not (out / "model" / "config.json").exists():
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn()) as progress:
+            draw_pool(recipe, out / "pool", progress)
+            processor = build_processor()
+            model = build_model(recipe, len(processor.tokenizer)).to(device)
+            train_tower(recipe, model, out / "pool", out, progress)
+            train_reader(recipe, model, processor, out / "pool", out, progress)
+        save(model.cpu(), processor, recipe, out / "model")
+    model, processor = load_model(out / "model")
+    print(competence(model, processor, split="val").require())
+    train_saes(recipe, model, out / "pool", out)
+    sae = VisionSAE.load(out / "sae")
+    if len(sae.concepts) < len(world.CONCEPTS):
+        learn_bank(model, processor, sae)
+        sae.save(out / "sae")
 
 
-def main(out: Path = Path("runs/scenes"), seed: int = 0, tower_steps: int = 3_000, lm_steps: int = 3_000) -> None:
-    """Train the bundled model; run again with the same folder to go on after an interruption."""
-    train(out, Recipe(seed=seed, tower_steps=tower_steps, lm_steps=lm_steps))
+def main(out: Path = Path("runs/scenes"), seed: int = 0, install: bool = False) -> None:
+    """Train the bundled model; run again with the same folder to go on after an interruption.
+
+    --install then puts the result into the package's assets.
+    """
+    train(out, Recipe(seed=seed))
+    if install:
+        for name in ("model", "sae", "sae_paper"):
+            shutil.copytree(out / name, asset(name), dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
