@@ -39,6 +39,17 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor, VisionSAE]:
     return model, processor, VisionSAE.load(asset("sae"))
 
 
+def load_paper_sae() -> VisionSAE:
+    """The SAE of the paper's settings to the letter, for comparison; its bank holds k features a concept at γ = −0.5."""
+    import torch
+
+    from sauce_hooks.sae import VisionSAE
+
+    paper = VisionSAE.load(asset("sae_paper"))
+    paper.sae.to(dtype=torch.float32)  # it ships in half the bytes
+    return paper
+
+
 @dataclass(frozen=True)
 class Competence:
     """What the original model knows, on held-out scenes."""
@@ -74,7 +85,7 @@ class Competence:
 
 
 def competence(
-    model: Any, processor: Any, *, per_concept: int = 30, describe: int = 300, split: Any = "test", phrasing: int = 0
+    model: Any, processor: Any, *, per_concept: int = 60, describe: int = 300, split: Any = "test", phrasing: int = 0
 ) -> Competence:
     """Measure the competence gate on scenes never trained on."""
     from sauce_hooks.evaluation.answers import ask, prepare

@@ -63,8 +63,10 @@ class Recipe:
     lm_batch: int = 32
     lm_lr: float = 1.5e-3
     sae_expansion: int = 8
-    paper_sae_epochs: int = 43
-    """Epochs over the pool that make the paper's 2,500 optimiser steps (1.28 million images twice, in batches of 1,024)."""
+    sae_images: int = 20_000
+    """Scenes of the pool that the SAEs are trained on."""
+    paper_sae_epochs: int = 128
+    """Epochs that make the paper's 2,500 optimiser steps (1.28 million images twice, in batches of 1,024)."""
     questions: int = 6
     """Yes/no questions asked of each image in a step, half of them true."""
 
@@ -489,7 +491,7 @@ class PoolBatches(Sequence[dict[str, Tensor]]):
 def train_saes(recipe: Recipe, model: Any, folder: Path, out: Path) -> None:
     """The bundled SAE, and one with the paper's settings to the letter for the comparison."""
     pixels, _ = load_pool(recipe, folder)
-    images = PoolBatches(pixels)
+    images = PoolBatches(pixels[: recipe.sae_images])
     if not (out / "sae" / "vision_sae.json").exists():
         train_sae(model, images, preset="batchtopk", expansion=recipe.sae_expansion, out=out / "sae", resume=True)
     if not (out / "sae_paper" / "vision_sae.json").exists():
