@@ -237,10 +237,12 @@ def test_changes_of_two_saes_add_up(seed, first, second):
     torch.testing.assert_close(MergedEdit(edits[::-1])(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_contradicting_gammas_are_an_error():
-    sae = make_sae()
-    with pytest.raises(EditError, match=r"feature 3 .*-0\.5.*0"):
-        MergedEdit([edit(sae, {3: -0.5}), edit(sae, {3: 0.0})])
+@given(seed=seeds, factors=st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.5, 1.0]), min_size=1, max_size=4))
+@torch.no_grad()
+def test_of_contradicting_gammas_the_strongest_holds(seed, factors):
+    sae, x = make_sae(), acts(seed)
+    merged = MergedEdit([edit(sae, {3: gamma}) for gamma in factors])
+    assert torch.equal(merged(x), MergedEdit([edit(sae, {3: min(factors)})])(x))
 
 
 def test_the_same_feature_of_two_saes_is_no_contradiction():

@@ -142,9 +142,7 @@ def learn(
     positives: Annotated[Path, typer.Argument(metavar="POSITIVES", exists=True, help="Images that show it.")],
     negatives: Annotated[Path, typer.Argument(metavar="NEGATIVES", exists=True, help="Images that do not.")],
     k: Annotated[int | None, typer.Option(min=1, help="How many features at the most.")] = None,
-    gamma: Annotated[
-        float | None, typer.Option(help="The factor the concept's features get when it is erased.")
-    ] = None,
+    gamma: Annotated[float | None, typer.Option(help="The factor the concept's features get when it is erased.")] = None,
 ) -> None:
     """Learn a concept from images with it and images without it; the SAE's folder remembers it.
 
@@ -169,9 +167,7 @@ def ask(
     model: ModelArgument,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False)],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question about the image.")],
-    sae: Annotated[
-        str | None, typer.Option(help="The SAE's folder or hub id; the bundled model brings its own.")
-    ] = None,
+    sae: Annotated[str | None, typer.Option(help="The SAE's folder or hub id; the bundled model brings its own.")] = None,
     erase: Annotated[list[str] | None, typer.Option(help="A concept to erase; repeat for several.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
@@ -237,9 +233,7 @@ def _skeleton(model: str) -> Any:
 
 
 def _not_loaded(model: str, problem: Exception) -> typer.BadParameter:
-    return typer.BadParameter(
-        f"{model!r} is no vision-language model that can be loaded: {problem}", param_hint="MODEL"
-    )
+    return typer.BadParameter(f"{model!r} is no vision-language model that can be loaded: {problem}", param_hint="MODEL")
 
 
 def _as_prompt(processor: Any, question: str) -> str:

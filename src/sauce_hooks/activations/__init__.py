@@ -4,4 +4,12 @@ from sauce_hooks.activations.images import Inputs, count_images, iter_images, it
 from sauce_hooks.activations.read import read_activations, read_tokens
 from sauce_hooks.activations.shuffle import shuffled_batches
 
-__all__ = ["Inputs", "count_images", "iter_images", "iter_inputs", "read_activations", "read_tokens", "shuffled_batches"]
+__all__ = [
+    "Inputs",
+    "count_images",
+    "iter_images",
+    "iter_inputs",
+    "read_activations",
+    "read_tokens",
+    "shuffled_batches",
+]

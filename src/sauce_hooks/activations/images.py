@@ -29,7 +29,7 @@ def _folder(path: Path) -> list[Path]:
     return found
 
 
-def _items(images: Any) -> Iterable[Any]:
+def _items(images: Any) -> Any:
     if isinstance(images, str | Path):
         path = Path(images)
         return [path] if path.is_file() else _folder(path)
@@ -85,7 +85,9 @@ def iter_images(images: Any) -> Iterator[Image.Image]:
         read += 1
         yield image
     if not read:
-        raise ImagesError(f"none of the {len(broken)} images can be read: {'; '.join(broken[:5])}" if broken else "no images")
+        raise ImagesError(
+            f"none of the {len(broken)} images can be read: {'; '.join(broken[:5])}" if broken else "no images"
+        )
     if broken:
         names = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
         message = f"skipped {len(broken)} of {len(broken) + read} images that cannot be read: {names}"
@@ -97,7 +99,9 @@ def count_images(images: Any) -> int:
     items = _items(images)
     if not isinstance(items, Sequence) and not hasattr(items, "__len__"):
         raise ImagesError(f"the number of images in a {type(items).__name__} is not known: give a list or a folder")
-    return sum(len(item["pixel_values"]) if _is_inputs(item) else 1 for item in items) if _holds_inputs(items) else len(items)  # pyright: ignore[reportArgumentType]
+    if _holds_inputs(items):
+        return sum(len(batch["pixel_values"]) for batch in items)
+    return len(items)
 
 
 def _holds_inputs(items: Any) -> bool:

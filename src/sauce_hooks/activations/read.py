@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ _NNSIGHT_LEAVES = ("forward", "__nnsight__")
 
 
 @contextmanager
-def _traced(tower: nn.Module) -> Iterator[Any]:
+def _traced(tower: nn.Module) -> Generator[Any]:
     """The tower under nnsight, every module's attributes restored afterwards."""
     from nnsight import NNsight
 
@@ -68,7 +68,7 @@ def read_tokens(
             bad = int((~torch.isfinite(chosen)).any(-1).sum())
             raise NonFiniteActivationsError(
                 f"{bad} of {chosen.shape[0] * chosen.shape[1]} rows at {hook_point.path} hold NaN or infinity. "
-                f"The model runs in {parameter.dtype}; look for damaged weights or images, or load it in bfloat16 or float32."
+                f"The model runs in {parameter.dtype}: look for damaged weights, or load it in bfloat16 or float32."
             )
         yield chosen
 

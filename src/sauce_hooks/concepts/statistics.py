@@ -52,9 +52,7 @@ def accumulate(batches: Iterable[Float[Tensor, "batch tokens d_sae"]], pool: Poo
     return total
 
 
-def sauce_score(
-    positives: SetStatistics, negatives: SetStatistics, delta: float = 1e-8
-) -> Float[Tensor, " d_sae"]:
+def sauce_score(positives: SetStatistics, negatives: SetStatistics, delta: float = 1e-8) -> Float[Tensor, " d_sae"]:
     """S(i, c, D) = μ(i, D_c) / (Σ_j μ(j, D_c) + δ) − μ(i, D_nc) / (Σ_j μ(j, D_nc) + δ). Eq. 4 of the paper."""
     mu_c, mu_nc = positives.mean_f, negatives.mean_f
     return torch.as_tensor(mu_c / (mu_c.sum() + delta) - mu_nc / (mu_nc.sum() + delta))

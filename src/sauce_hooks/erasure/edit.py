@@ -75,7 +75,7 @@ class Columns:
         )
 
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
-        """z of these features alone. Eq. 1, with JumpReLU's threshold where there is one."""
+        """Z of these features alone. Eq. 1, with JumpReLU's threshold where there is one."""
         pre = x @ self.W_enc_dk + self.b_enc_k
         return pre * (pre > self.threshold_k)
 

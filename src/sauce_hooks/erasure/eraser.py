@@ -81,7 +81,9 @@ class ConceptEraser(ContextDecorator):
         _check_fits(model, sae)
         self.model, self.sae = model, sae
         known = sae.concepts if bank is None else sae.concepts | bank
-        self.concepts = tuple(_resolve(concept, known) for concept in ([concepts] if isinstance(concepts, str) else concepts))
+        self.concepts = tuple(
+            _resolve(concept, known) for concept in ([concepts] if isinstance(concepts, str) else concepts)
+        )
         self.edit = FeatureEdit(
             sae=sae.sae,
             gammas=merge_gammas(_gammas(concept, gamma, sae.d_sae) for concept in self.concepts),
@@ -128,9 +130,7 @@ class ConceptEraser(ContextDecorator):
     def __enter__(self) -> Self:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         attachment = self._release()
         if error is None:  # an error of the block's own must not be hidden behind ours
             check_ran(attachment)
@@ -169,7 +169,9 @@ def _resolve(concept: ConceptLike, bank: ConceptBank) -> Concept:
 def _gammas(concept: Concept, gamma: float | None, d_sae: int) -> dict[int, float]:
     outside = [feature for feature in concept.features if feature >= d_sae]
     if outside:
-        raise EditError(f"{concept.name!r} names feature {outside[0]}, but this SAE has only {d_sae}: another SAE's concept?")
+        raise EditError(
+            f"{concept.name!r} names feature {outside[0]}, but this SAE has only {d_sae}: another SAE's concept?"
+        )
     factor = next(g for g in (gamma, concept.gamma, PAPER_GAMMA) if g is not None)
     return dict.fromkeys(concept.features, factor)
 

@@ -48,15 +48,15 @@ Edit = FeatureEdit | ProjectionEdit
 
 
 def merge_gammas(all_gammas: Iterable[dict[int, float]]) -> dict[int, float]:
-    """One factor a feature; `EditError` where two edits want different ones."""
+    """One factor a feature: where several edits name it, the strongest, which is the one furthest from 1.
+
+    Concepts tuned apart may share a feature and want different factors; the strongest forgets all of them. The rule is
+    commutative, associative and idempotent, so the order and the nesting of erasers never matter.
+    """
     merged: dict[int, float] = {}
     for gammas in all_gammas:
         for feature, gamma in gammas.items():
-            if merged.setdefault(feature, gamma) != gamma:
-                raise EditError(
-                    f"feature {feature} is to be scaled by {merged[feature]:g} and by {gamma:g} at once. "
-                    "Erasers that share a feature must agree on gamma."
-                )
+            merged[feature] = max(merged.get(feature, 1.0), gamma, key=lambda g: (abs(g - 1), -g))
     return merged
 
 
@@ -82,8 +82,7 @@ class MergedEdit:
                 "merges only with edits of the same SAE that drop it too"
             )
         self._changes = [
-            _scale(sae, merge_gammas(e.gammas for e in features if e.sae is sae), kept == {True})
-            for sae in saes.values()
+            _scale(sae, merge_gammas(e.gammas for e in features if e.sae is sae), kept == {True}) for sae in saes.values()
         ]
         projections = [edit for edit in self.edits if isinstance(edit, ProjectionEdit)]
         if projections:
@@ -126,19 +125,19 @@ def _scale(sae: SAE[Any], gammas: dict[int, float], preserve_error: bool) -> _Co
     features_k = torch.tensor(sorted(effective), dtype=torch.long, device=sae.W_dec.device)
     gamma_k = torch.tensor([effective[f] for f in sorted(effective)], device=sae.W_dec.device, dtype=sae.W_dec.dtype)
     columns = Columns.of(sae, features_k) if preserve_error else None
-    if columns is None:
-        whole = dense_delta_edit if preserve_error else decode_edit
-        # The SAE stays where it is; the activations come to it.
-        return _Compiled(
-            {"gamma_k": gamma_k},
-            lambda x, gamma_k: whole(x.to(sae.W_dec.device), sae, features_k, gamma_k.to(sae.W_dec.device)).to(x.device),
-            is_null=preserve_error and not effective,
-        )
-    return _Compiled(
-        {**vars(columns), "gamma_k": gamma_k},
-        lambda x, gamma_k, **tensors: sparse_delta_edit(x, Columns(**tensors), gamma_k),
-        is_null=not effective,
-    )
+    if columns is not None:
+
+        def sparse(x: Tensor, gamma_k: Tensor, **tensors: Tensor) -> Tensor:
+            return sparse_delta_edit(x, Columns(**tensors), gamma_k)
+
+        return _Compiled({**vars(columns), "gamma_k": gamma_k}, sparse, is_null=not effective)
+    whole = dense_delta_edit if preserve_error else decode_edit
+
+    def dense(x: Tensor, gamma_k: Tensor) -> Tensor:  # the SAE stays where it is; the activations come to it
+        home = sae.W_dec.device
+        return whole(x.to(home), sae, features_k, gamma_k.to(home)).to(x.device)
+
+    return _Compiled({"gamma_k": gamma_k}, dense, is_null=preserve_error and not effective)
 
 
 def _projection(edits: Sequence[ProjectionEdit]) -> _Compiled:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -36,7 +35,7 @@ def difference_of_means(
 
 
 @contextmanager
-def erasing(model: nn.Module, hook_point: HookPoint, edits: Sequence[ProjectionEdit]) -> Iterator[None]:
+def erasing(model: nn.Module, hook_point: HookPoint, edits: Sequence[ProjectionEdit]) -> Generator[None]:
     """Edits in effect for the length of a `with`, attached and checked as `ConceptEraser` is."""
     attachments = [attach(model, hook_point, edit) for edit in edits]
     try:

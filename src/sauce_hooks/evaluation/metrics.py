@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -47,8 +48,8 @@ def rate(hits: Iterable[bool]) -> Rate:
     values = list(hits)
     if not values:
         return Rate(float("nan"), 0, float("nan"), float("nan"))
-    low, high = proportion_confint(sum(values), len(values), method="wilson")
-    return Rate(sum(values) / len(values), len(values), float(low), float(high))
+    interval: Any = proportion_confint(sum(values), len(values), method="wilson")
+    return Rate(sum(values) / len(values), len(values), float(interval[0]), float(interval[1]))
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> Rate:
@@ -103,7 +104,7 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, draws: int = 2_000
     """The mean over concepts and the 95% interval of resampling the concepts (percentiles)."""
     array = np.asarray([v for v in values if not np.isnan(v)], dtype=np.float64)
     if not len(array):
-        return (float("nan"),) * 3
+        return float("nan"), float("nan"), float("nan")
     rows = np.random.default_rng(seed).integers(0, len(array), (draws, len(array)))
     low, high = np.percentile(array[rows].mean(1), (2.5, 97.5))
     return float(array.mean()), float(low), float(high)

@@ -36,9 +36,7 @@ class Family:
 
 _CLIP, _SIGLIP = TokenLayout("first"), TokenLayout("none")
 
-TOWER_LAYOUTS: Mapping[str, TokenLayout] = MappingProxyType(
-    {"clip_vision_model": _CLIP, "siglip_vision_model": _SIGLIP}
-)
+TOWER_LAYOUTS: Mapping[str, TokenLayout] = MappingProxyType({"clip_vision_model": _CLIP, "siglip_vision_model": _SIGLIP})
 """Towers that stand inside several families: their own `model_type` decides the layout."""
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(

@@ -33,9 +33,7 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
 def mark_patch(image: Image.Image, patch: tuple[float, float, float, float]) -> Image.Image:
     """A copy with a frame around a patch given in shares of the sides: white edged with black, seen on any ground."""
     marked = image.convert("RGB")
-    left, top, right, bottom = (
-        round(share * side) for share, side in zip(patch, (*image.size, *image.size), strict=True)
-    )
+    left, top, right, bottom = (round(share * side) for share, side in zip(patch, (*image.size, *image.size), strict=True))
     draw = ImageDraw.Draw(marked)
     draw.rectangle((left - 1, top - 1, right, bottom), outline=(0, 0, 0), width=4)
     draw.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255), width=2)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sauce_hooks.sae.presets import BiasInit
 
 
-def geometric_median(
-    x_nd: Float[Tensor, "n d"], *, iterations: int = 100, tolerance: float = 1e-6
-) -> Float[Tensor, " d"]:
+def geometric_median(x_nd: Float[Tensor, "n d"], *, iterations: int = 100, tolerance: float = 1e-6) -> Float[Tensor, " d"]:
     """The point with the least sum of distances to all rows, by Weiszfeld's iteration.
 
     Stops when the point moves by less than `tolerance` of the data's scale.

@@ -141,7 +141,7 @@ class _Kept:
         self._chunks = chunks  # only a pass that came to its end has seen everything
 
 
-class _seeded:  # noqa: N801 - used like a function
+class _seeded:
     """Runs a block with a seed and gives the global random state back."""
 
     def __init__(self, seed: int) -> None:

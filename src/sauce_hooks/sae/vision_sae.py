@@ -176,7 +176,7 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 def _download(source: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))

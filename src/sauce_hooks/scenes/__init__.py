@@ -1,4 +1,4 @@
-"""Room 8: the bundled world and its small trained vision-language model. A seed goes in, images with known truth come out."""
+"""Room 8: the bundled world and its small trained model. A seed goes in, images with known truth come out."""
 
 from sauce_hooks.scenes.bundled import Competence, asset, competence, load, load_model
 from sauce_hooks.scenes.language import HELD_OUT, describe_prompt, yes_no_prompt

@@ -68,11 +68,7 @@ class Competence:
     @property
     def passed(self) -> bool:
         """Whether the model is above its gate."""
-        return (
-            min(self.yes_no.values()) >= self.MIN_YES_NO
-            and self.named >= self.MIN_NAMED
-            and self.false <= self.MAX_FALSE
-        )
+        return min(self.yes_no.values()) >= self.MIN_YES_NO and self.named >= self.MIN_NAMED and self.false <= self.MAX_FALSE
 
     def require(self) -> Competence:
         """Itself, or `ModelBelowGateError` with the figures: nothing measured on such a model counts."""

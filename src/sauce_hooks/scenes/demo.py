@@ -75,7 +75,7 @@ def run(out: str | Path = "sauce_hooks_demo.html", *, quick: bool = False, conso
 
     Args:
         out: where to write the page.
-        quick: measure two concepts on a few images instead of five on twenty.
+        quick: measure two concepts on a few images instead of five on many.
         console: where to print; the terminal by default.
 
     Returns:
@@ -93,14 +93,14 @@ def content(*, quick: bool = False, console: Console | None = None) -> DemoPage:
     started = time.monotonic()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        with _step(progress, "load the model and its SAE"):
+        with _step(progress, "load the model and its SAE"), _no_other_bars():
             model, processor, sae = bundled.load()
         with _step(progress, "draw scenes"):
             shown = [_find(held, _SEED + i) for i, held in enumerate(_SHOWN)]
             searched = _drawn(sample(60 if quick else _SEARCHED, seed=_SEED, split="val"))
         with _step(progress, "ask before and after"):
             cards = _cards(model, processor, sae, shown)
-        n, retained = (8, 1) if quick else (20, 3)
+        n, retained = (8, 1) if quick else (30, 5)
         results = _measure(model, processor, sae, MEASURED[:2] if quick else MEASURED, n, retained, progress)
         with _step(progress, "look at the features"):
             features = _features(model, processor, sae, searched)
@@ -134,6 +134,20 @@ def _step(progress: Progress, name: str) -> Generator[None]:
     task = progress.add_task(name, total=1)
     yield
     progress.advance(task)
+
+
+@contextmanager
+def _no_other_bars() -> Generator[None]:
+    """Transformers' own progress bars would be drawn through ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 # The images and the answers. ------------------------------------------------------------------------------------------
@@ -172,9 +186,7 @@ def _cards(model: nn.Module, processor: Any, sae: VisionSAE, scenes: Sequence[Sc
     shown = [Probe(scene.image, scene.concepts) for scene in scenes]
     asked = [_asked(scene) for scene in scenes]
     questions = [Question(probe, "describe", None) for probe in shown]
-    questions += [
-        Question(p, "yes_no", concept) for p, concepts in zip(shown, asked, strict=True) for concept in concepts
-    ]
+    questions += [Question(p, "yes_no", concept) for p, concepts in zip(shown, asked, strict=True) for concept in concepts]
     batches = prepare(questions, words, processor, batch_size=64)
 
     def answers() -> dict[tuple[int, str | None], str]:
@@ -339,12 +351,13 @@ def _settings(sae: VisionSAE, eraser: ConceptEraser) -> dict[str, str]:
 
 # The terminal. --------------------------------------------------------------------------------------------------------
 
-_BEFORE, _AFTER = ("same", "remembered", "forgotten", "lost"), ("same", "remembered", "new")
+_BEFORE, _AFTER = ("same", "remembered", "forgotten", "lost", "gone"), ("same", "remembered", "new")
 _STYLES = {
     "same": "not dim",
     "remembered": "not dim bold",
-    "forgotten": "not dim bold red strike",
-    "lost": "not dim yellow strike",
+    "forgotten": "not dim bold red",
+    "lost": "not dim yellow",
+    "gone": "",
     "new": "not dim green",
 }
 
@@ -354,12 +367,14 @@ def _print(page: DemoPage, path: Path, console: Console) -> None:
     console.print(Text(page.describe, "italic"))
     for card in page.cards:
         before, after = Text("  before  ", "dim"), Text("  after   ", "dim")
-        for piece in compare_words(card.before, card.after, page.erased):
+        for piece in compare_words(card.before, card.after, page.erased, card.concepts):
             for line, changes in ((before, _BEFORE), (after, _AFTER)):
                 if piece.change in changes:
                     line.append(piece.lead).append(piece.text, _STYLES[piece.change])
         console.print(before, after, sep="\n", end="\n\n")
-    table = Table(title=f"Mean over {', '.join(page.results.concepts)}; percent [95% interval]", title_justify="left")
+    concepts = ", ".join(page.results.concepts)
+    console.print(f"Each concept erased alone ({concepts}): mean in percent \\[95% interval]")
+    table = Table()
     for heading in ("metric", "original", "erased", "kept"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for rows in metric_rows(page.results).values():

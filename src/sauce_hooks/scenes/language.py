@@ -115,7 +115,26 @@ def caption(scene: Scene, language: Language = "en") -> str:
 def vocabulary() -> list[str]:
     """Every word and sign of the world's language, in a fixed order."""
     texts = [_prompt(q.format("")) for table in (YES_NO, DESCRIBE) for qs in table.values() for q in qs]
-    words = "user assistant : a an , . and thing face game un et de en chose visage jeu".split()
+    words = [
+        "user",
+        "assistant",
+        ":",
+        "a",
+        "an",
+        ",",
+        ".",
+        "and",
+        "thing",
+        "face",
+        "game",
+        "un",
+        "et",
+        "de",
+        "en",
+        "chose",
+        "visage",
+        "jeu",
+    ]
     for text in texts:
         words += split_words(text.replace("<image>", ""))
     words += [*YES.values(), *NO.values(), *CONCEPTS, *FRENCH.values()]

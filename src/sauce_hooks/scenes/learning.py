@@ -22,8 +22,8 @@ N_CONTRAST = 200
 """Images in each contrast set, as in the paper."""
 CONTRAST_SEED = 1
 """The first stream of training scenes the contrast sets come from; the model itself is trained on stream 0."""
-KS = (1, 2, 3, 4, 6)
-GAMMAS = (0.5, 0.25, 0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0, -3.0)
+KS = (1, 2, 3)
+GAMMAS = (0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0)
 """From mild to strong."""
 TARGET = 0.96
 """Share of the validation images on which a concept must be forgotten, in both forms."""
@@ -53,12 +53,12 @@ def learn_bank(
         model: the bundled model.
         processor: its processor.
         sae: the SAE whose bank is filled.
-        settings: k and γ to try; by default `KS` and `GAMMAS`. Of those that forget the concept on `TARGET` of 50
+        settings: k and γ to try; by default `KS` and `GAMMAS`. Of those that forget the concept on `TARGET` of 40
             validation images, the one that keeps most of what else is in these images is taken. A single setting is
             taken as it is.
     """
     grid = list(settings) if settings is not None else [(k, gamma) for k in KS for gamma in GAMMAS]
-    images = probes(50, retained=0, negatives=0, split="val") if len(grid) > 1 else None
+    images = probes(40, retained=0, negatives=0, split="val") if len(grid) > 1 else None
     for concept in track(CONCEPTS, description="learn concepts"):
         statistics = contrast_statistics(model, processor, sae, concept)
         candidates = [learn_concept(model, sae, concept, *statistics, k=k, gamma=gamma) for k, gamma in grid]

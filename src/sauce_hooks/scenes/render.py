@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -59,22 +60,20 @@ class _Pen:
     def _xy(self, points: Points) -> list[tuple[float, float]]:
         return [((x + _U) * self._scale, (y + _U) * self._scale) for x, y in points]
 
-    def polygon(self, points: Points, fill: object) -> None:
+    def polygon(self, points: Points, fill: Any) -> None:
         self._draw.polygon(self._xy(points), fill=fill)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: object = None, line: object = None) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Any = None, line: Any = None) -> None:
         box = self._xy([(x - rx, y - ry), (x + rx, y + ry)])
         self._draw.ellipse(box, fill=fill, outline=line, width=self._width(9))
 
-    def box(self, x0: float, y0: float, x1: float, y1: float, fill: object = None, line: object = None) -> None:
+    def box(self, x0: float, y0: float, x1: float, y1: float, fill: Any = None, line: Any = None) -> None:
         self._draw.rectangle(self._xy([(x0, y0), (x1, y1)]), fill=fill, outline=line, width=self._width(9))
 
-    def line(self, points: Points, fill: object, width: float = 10) -> None:
+    def line(self, points: Points, fill: Any, width: float = 10) -> None:
         self._draw.line(self._xy(points), fill=fill, width=self._width(width), joint="curve")
 
-    def arc(
-        self, x: float, y: float, rx: float, ry: float, a: float, b: float, fill: object, width: float = 12
-    ) -> None:
+    def arc(self, x: float, y: float, rx: float, ry: float, a: float, b: float, fill: Any, width: float = 12) -> None:
         self._draw.arc(self._xy([(x - rx, y - ry), (x + rx, y + ry)]), a, b, fill=fill, width=self._width(width))
 
     def _width(self, units: float) -> int:
@@ -147,7 +146,7 @@ def _blob(rng: np.random.Generator) -> Callable[[_Pen], None]:
 # What is drawn over the filled silhouette, in `ink`. ---------------------------------------------------------------
 
 
-def _cat_face(pen: _Pen, ink: object) -> None:
+def _cat_face(pen: _Pen, ink: Any) -> None:
     for side in (-1, 1):
         pen.ellipse(32 * side, 0, 11, 15, fill=ink)
         for slope in (-8, 10):
@@ -155,7 +154,7 @@ def _cat_face(pen: _Pen, ink: object) -> None:
     pen.polygon([(-12, 30), (12, 30), (0, 44)], ink)
 
 
-def _tiger_face(pen: _Pen, ink: object) -> None:
+def _tiger_face(pen: _Pen, ink: Any) -> None:
     _cat_face(pen, ink)
     for x in (-28, 0, 28):
         pen.line([(x, -62), (x * 0.7, -24)], ink, 16)
@@ -165,7 +164,7 @@ def _tiger_face(pen: _Pen, ink: object) -> None:
             pen.line([(84 * side, y - 4), (50 * side, y + 4)], ink, 16)
 
 
-def _car_parts(pen: _Pen, ink: object) -> None:
+def _car_parts(pen: _Pen, ink: Any) -> None:
     for x in (-52, 52):
         pen.ellipse(x, 50, 27, 27, fill=ink)
         pen.ellipse(x, 50, 11, 11, fill=_WHITE)
@@ -173,47 +172,47 @@ def _car_parts(pen: _Pen, ink: object) -> None:
     pen.polygon([(10, -10), (10, -44), (32, -44), (50, -10)], _WHITE)
 
 
-def _boat_parts(pen: _Pen, ink: object) -> None:
+def _boat_parts(pen: _Pen, ink: Any) -> None:
     pen.line([(2, -96), (2, 26)], ink, 9)
     pen.line([(-82, 46), (82, 46)], ink, 8)
 
 
-def _star_parts(pen: _Pen, ink: object) -> None:
+def _star_parts(pen: _Pen, ink: Any) -> None:
     for i in range(5):
         a = -math.pi / 2 + i * 2 * math.pi / 5
         for r in (24, 48, 70):
             pen.ellipse(r * math.cos(a), r * math.sin(a), 6, 6, fill=ink)
 
 
-def _clock_parts(pen: _Pen, ink: object) -> None:
+def _clock_parts(pen: _Pen, ink: Any) -> None:
     pen.ellipse(0, 0, 68, 68, fill=_WHITE)
     del ink  # the hands lie on the white dial
     pen.line([(0, 0), (0, -54)], _DARK, 13)
     pen.line([(0, 0), (38, 18)], _DARK, 13)
 
 
-def _envelope_parts(pen: _Pen, ink: object) -> None:
+def _envelope_parts(pen: _Pen, ink: Any) -> None:
     pen.line([(-94, -62), (0, 14), (94, -62)], ink, 11)
     pen.box(-96, -64, 96, 64, line=ink)
 
 
-def _mug_parts(pen: _Pen, ink: object) -> None:
+def _mug_parts(pen: _Pen, ink: Any) -> None:
     pen.ellipse(-17, -74, 57, 15, fill=ink)
 
 
-def _fish_parts(pen: _Pen, ink: object) -> None:
+def _fish_parts(pen: _Pen, ink: Any) -> None:
     pen.ellipse(-60, -12, 10, 10, fill=ink)
     pen.arc(-44, 0, 26, 44, -70, 70, ink, 9)
     pen.polygon([(-24, -46), (22, -46), (6, -80)], ink)
 
 
-def _tree_parts(pen: _Pen, ink: object) -> None:
+def _tree_parts(pen: _Pen, ink: Any) -> None:
     pen.box(-16, 58, 16, 98, fill=ink)
     for x, y in ((-18, -14), (16, -34), (-34, 34), (36, 30), (2, 24)):
         pen.ellipse(x, y, 8, 8, fill=ink)
 
 
-def _nothing(pen: _Pen, ink: object) -> None:
+def _nothing(pen: _Pen, ink: Any) -> None:
     del pen, ink
 
 
@@ -425,6 +424,10 @@ def _fill(thing: Thing, rng: np.random.Generator, side: int) -> Float[np.ndarray
     return (base * pattern[..., None]).astype(np.float32)
 
 
+def _turned(image: Image.Image, degrees: float) -> Image.Image:
+    return image.rotate(degrees, Image.Resampling.BILINEAR)
+
+
 def _draw_thing(thing: Thing, side: int) -> tuple[Float[np.ndarray, "s s 3"], Float[np.ndarray, "s s"]]:
     """The thing's pixels and how much each covers the background."""
     rng = np.random.default_rng(thing.seed)
@@ -443,9 +446,8 @@ def _draw_thing(thing: Thing, side: int) -> tuple[Float[np.ndarray, "s s 3"], Fl
         fill = np.broadcast_to(base.astype(np.float32), (side, side, 3))
         (mask_pen.ellipse(0, 0, 96, 96, fill=255) if face else mask_pen.box(-98, -98, 98, 98, fill=255))
         (FACES if face else GAMES)[thing.shape](parts_pen)
-    turn = (lambda im: im.rotate(angle, Image.Resampling.BILINEAR))  # noqa: E731
-    mask = np.asarray(turn(mask_pen.image), dtype=np.float32) / 255
-    over = np.asarray(turn(parts_pen.image), dtype=np.float32)
+    mask = np.asarray(_turned(mask_pen.image, angle), dtype=np.float32) / 255
+    over = np.asarray(_turned(parts_pen.image, angle), dtype=np.float32)
     ink = over[..., 3:] / 255
     pixels = fill * (1 - ink) + over[..., :3] * ink
     opacity = _OPACITY.get(thing.material or "", 1.0)

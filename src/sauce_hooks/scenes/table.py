@@ -34,11 +34,11 @@ def methods(model: Any, processor: Any, sae: VisionSAE, paper: VisionSAE) -> dic
 
     @cache
     def rival(concept: str) -> ProjectionEdit:
-        means = [
+        with_it, without = (
             token_mean(model, [scene.image for scene in scenes], sae.hook_point, sae.tokens, processor)
             for scenes in contrast_sets(concept)
-        ]
-        return difference_of_means(*means, sae.tokens)
+        )
+        return difference_of_means(with_it, without, sae.tokens)
 
     return {
         "paper's settings": lambda concept: ConceptEraser(model, paper, [concept], preserve_error=False),
@@ -48,9 +48,7 @@ def methods(model: Any, processor: Any, sae: VisionSAE, paper: VisionSAE) -> dic
     }
 
 
-def run(
-    out_dir: Path = Path("results"), n: int = 50, retained: int = 10, concepts: Sequence[str] | None = None
-) -> Results:
+def run(out_dir: Path = Path("results"), n: int = 50, retained: int = 10, concepts: Sequence[str] | None = None) -> Results:
     """Measure, print and write the comparison; `results.csv` and `table.md` in `out_dir`.
 
     Args:

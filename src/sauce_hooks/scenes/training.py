@@ -163,10 +163,11 @@ def build_processor() -> Any:
 
 def build_model(recipe: Recipe, vocabulary: int) -> Any:
     """The untrained LLaVA."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    import transformers
 
+    hf: Any = transformers  # its configs take more than their annotations say
     torch.manual_seed(recipe.seed)
-    vision = CLIPVisionConfig(
+    vision = hf.CLIPVisionConfig(
         hidden_size=recipe.width,
         intermediate_size=3 * recipe.width,
         num_hidden_layers=recipe.layers,
@@ -175,7 +176,7 @@ def build_model(recipe: Recipe, vocabulary: int) -> Any:
         patch_size=PATCH,
         projection_dim=recipe.width,
     )
-    text = LlamaConfig(
+    text = hf.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=recipe.lm_width,
         intermediate_size=round(2.75 * recipe.lm_width),
@@ -187,7 +188,7 @@ def build_model(recipe: Recipe, vocabulary: int) -> Any:
         eos_token_id=EOS,
         tie_word_embeddings=True,
     )
-    config = LlavaConfig(
+    config = hf.LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_id=IMAGE,
@@ -199,7 +200,7 @@ def build_model(recipe: Recipe, vocabulary: int) -> Any:
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    return LlavaForConditionalGeneration(config)
+    return hf.LlavaForConditionalGeneration(config)
 
 
 def tower_tokens(tower: Any, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b patches d"]:
@@ -264,6 +265,7 @@ class TowerWithHeads(nn.Module):
         nn.init.constant_(self.heads.bias, -4.0)
 
     def forward(self, pixels: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b patches labels"]:
+        """One logit a patch and label."""
         return self.heads(tower_tokens(self.tower, pixels))
 
 
@@ -318,9 +320,7 @@ class Branch:
     answer: list[int]
 
 
-def make_branches(
-    rng: np.random.Generator, scene: world.Scene, questions: int, encode: Any
-) -> list[Branch]:
+def make_branches(rng: np.random.Generator, scene: world.Scene, questions: int, encode: Any) -> list[Branch]:
     """Half true, half false yes/no questions (a third of the false ones about a look-alike), and one description."""
     present = sorted(scene.concepts)
     absent = [concept for concept in world.CONCEPTS if concept not in scene.concepts]
@@ -396,6 +396,7 @@ class Reader(nn.Module):
         start: int,
         targets: Int[Tensor, "b t"],
     ) -> Tensor:
+        """Next-token loss on the targets, the image's tokens standing at `start`."""
         embeds = self.language_model.embed_tokens(ids)
         embeds = torch.cat([embeds[:, :start], self.projector(image), embeds[:, start + image.shape[1] :]], dim=1)
         out = self.language_model(
