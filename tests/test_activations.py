@@ -282,6 +282,7 @@ def test_given_batches_are_not_changed_by_what_comes_after():
 
 
 def test_width_is_kept():
-    assert next(
-        shuffled_batches([torch.zeros(3, D_IN)], batch_size=2, capacity=4, generator=torch.Generator())
-    ).shape == (2, D_IN)
+    assert next(shuffled_batches([torch.zeros(3, D_IN)], batch_size=2, capacity=4, generator=torch.Generator())).shape == (
+        2,
+        D_IN,
+    )

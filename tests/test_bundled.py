@@ -123,8 +123,6 @@ def test_the_sae_reconstructs_what_llava_reads(bundle):
     from sauce_hooks import read_activations
 
     images = [scene.image for scene in sample(20, seed=5)]
-    x = torch.cat(
-        list(read_activations(bundle[0], images, sae.hook_point, tokens=sae.tokens.read, processor=processor))
-    )
+    x = torch.cat(list(read_activations(bundle[0], images, sae.hook_point, tokens=sae.tokens.read, processor=processor)))
     error = (x - sae.decode(sae.encode(x))).pow(2).sum() / (x - x.mean(0)).pow(2).sum()
     assert error < 0.4

@@ -31,9 +31,7 @@ EVERY = {
 """What an SAE can be, by name: the architecture first."""
 
 seeds = st.integers(0, 2**20)
-gammas = st.dictionaries(
-    st.integers(0, D_SAE - 1), st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=12
-)
+gammas = st.dictionaries(st.integers(0, D_SAE - 1), st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=1, max_size=12)
 
 
 def sae_of(kind, **options):
@@ -41,9 +39,7 @@ def sae_of(kind, **options):
 
 
 def acts(seed, dtype=torch.float64, batch=3, tokens=5):
-    return torch.randn(batch, tokens, D_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
-        dtype
-    )
+    return torch.randn(batch, tokens, D_IN, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def edit(sae, gammas, preserve_error=True, tokens="patches"):

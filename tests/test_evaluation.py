@@ -272,9 +272,7 @@ def test_questions_asked_together_are_answered_as_alone(talker, processor, phras
     together = list(ask(talker, prepare(questions(), wording, processor, 4), wording, processor))
     alone = [a for q in questions() for a in ask(talker, prepare([q], wording, processor, 1), wording, processor)]
     assert [(a.text, a.status) for a in together] == [(a.text, a.status) for a in alone]
-    torch.testing.assert_close(
-        [a.margin for a in together], [a.margin for a in alone], equal_nan=True, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close([a.margin for a in together], [a.margin for a in alone], equal_nan=True, rtol=1e-3, atol=1e-3)
     assert {a.status for a in together[:4]} & {"yes", "no"}
 
 

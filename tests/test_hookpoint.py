@@ -72,9 +72,7 @@ def test_a_bare_vision_tower_has_hook_points_too(cold):
     assert alone.layout == inside.layout
 
 
-@pytest.mark.parametrize(
-    "layer", [0, N_LAYERS + 1, -N_LAYERS - 1, f"{BLOCKS}.{N_LAYERS}", "model.language_model", "", "?"]
-)
+@pytest.mark.parametrize("layer", [0, N_LAYERS + 1, -N_LAYERS - 1, f"{BLOCKS}.{N_LAYERS}", "model.language_model", "", "?"])
 def test_a_missing_layer_is_an_error_that_says_which_there_are(cold, layer):
     with pytest.raises(HookPointError, match=f"{N_LAYERS} blocks"):
         find_hook_point(cold, layer)
@@ -121,9 +119,7 @@ def test_a_policy_names_its_tokens(tokens, chosen):
     assert select(acts_btd, TokenLayout("first"), tokens)[0, :, 0].tolist() == chosen
 
 
-@pytest.mark.parametrize(
-    ("tokens", "count"), [("all", N_PATCHES + 1), ("patches", N_PATCHES), ("class", 1), ("last", 1)]
-)
+@pytest.mark.parametrize(("tokens", "count"), [("all", N_PATCHES + 1), ("patches", N_PATCHES), ("class", 1), ("last", 1)])
 def test_tokens_per_image_counts_what_is_selected(model, tokens, count):
     hook_point = find_hook_point(model)
     assert tokens_per_image(model, hook_point, tokens) == count

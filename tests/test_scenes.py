@@ -217,9 +217,7 @@ def test_a_prompt_for_an_unknown_concept_is_an_error():
 def test_the_tokenizer_knows_every_word_there_is(processor, seed):
     tokenizer = processor.tokenizer
     texts = [caption(scene, language) for scene in sample(2, seed=seed) for language in LANGUAGES]
-    texts += [
-        scenes.yes_no_prompt(c, p, lang) for lang in LANGUAGES for c in CONCEPTS for p in range(len(YES_NO[lang]))
-    ]
+    texts += [scenes.yes_no_prompt(c, p, lang) for lang in LANGUAGES for c in CONCEPTS for p in range(len(YES_NO[lang]))]
     assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(texts).input_ids)
     assert len(set(vocabulary())) == len(vocabulary())
     back = tokenizer.decode(tokenizer(texts[0]).input_ids, skip_special_tokens=True)
@@ -250,10 +248,7 @@ def test_probes_hold_and_lack_what_they_should(probes):
 
 def test_no_image_is_probed_twice_or_in_two_splits(probes):
     every = [
-        image
-        for f in probes.values()
-        for sets in (f.positives, f.retained, f.negatives)
-        for image in pixels(sets.values())
+        image for f in probes.values() for sets in (f.positives, f.retained, f.negatives) for image in pixels(sets.values())
     ]
     assert len(set(every)) == len(every)
 

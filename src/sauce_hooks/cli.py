@@ -185,6 +185,7 @@ def ask(
     vision_sae = VisionSAE.load(sae or asset("sae")) if erase else None
     picture = next(iter_images(image))
     network, processor = _load(model)
+    eraser = ConceptEraser(network, vision_sae, erase) if vision_sae is not None and erase else None
     inputs = processor(images=picture, text=_as_prompt(processor, prompt), return_tensors="pt")
     inputs = inputs.to(network.device, dtype=network.dtype)
 
@@ -193,8 +194,8 @@ def ask(
         return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     typer.echo(f"before: {answer()}")
-    if vision_sae is not None and erase:
-        with ConceptEraser(network, vision_sae, erase):
+    if eraser is not None:
+        with eraser:
             typer.echo(f"after:  {answer()}")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sauce_hooks.activations.images import Inputs, iter_inputs, to_device
 from sauce_hooks.errors import NonFiniteActivationsError
-from sauce_hooks.hookpoint import HookPoint, ReadTokens, select
+from sauce_hooks.hookpoint import HookPoint, ReadTokens, evaluating, select
 
 _NNSIGHT_LEAVES = ("forward", "__nnsight__")
 """What nnsight puts into a module's `__dict__` and never takes out again."""
@@ -26,12 +26,10 @@ def _traced(tower: nn.Module) -> Generator[Any]:
 
     missing = object()
     before = [(m, [(k, m.__dict__.get(k, missing)) for k in _NNSIGHT_LEAVES]) for m in tower.modules()]
-    training = tower.training
     try:
-        yield NNsight(tower.eval())
+        with evaluating(tower):
+            yield NNsight(tower)
     finally:
-        if training:
-            tower.train()
         for module, attributes in before:
             for key, value in attributes:
                 if value is missing:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sauce_hooks.erasure.merge import Edit, MergedEdit
 from sauce_hooks.errors import IneffectiveEraserError
-from sauce_hooks.hookpoint import HookPoint, token_slice
+from sauce_hooks.hookpoint import HookPoint, evaluating, token_slice
 
 _lock = threading.RLock()
 _places: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
@@ -153,13 +153,11 @@ def check_effect(model: nn.Module, hook_point: HookPoint) -> None:
         (2, vision.num_channels, vision.image_size, vision.image_size), device=parameter.device, dtype=parameter.dtype
     )
     handle = hook_point.module(model).register_forward_hook(disturb, prepend=True)
-    training = model.training
     try:
-        with torch.no_grad():
-            features = _tensors(get_features.__self__.eval().get_image_features(pixel_values=pixels))
+        with torch.no_grad(), evaluating(model):
+            features = _tensors(get_features(pixel_values=pixels))
     finally:
         handle.remove()
-        model.train(training)
     if torch.equal(features[0], features[1]):
         raise IneffectiveEraserError(
             f"an edit of {hook_point.path} does not reach the language side of {type(model).__name__}: the image features "

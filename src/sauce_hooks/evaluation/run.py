@@ -14,6 +14,7 @@ from sauce_hooks.evaluation.answers import Answer, Batch, ask, prepare
 from sauce_hooks.evaluation.metrics import Rate, score
 from sauce_hooks.evaluation.probes import ProbeSet, Question
 from sauce_hooks.evaluation.results import ORIGINAL, Example, Results
+from sauce_hooks.hookpoint import evaluating
 from sauce_hooks.sae import VisionSAE
 
 Method = Callable[[str], AbstractContextManager[Any]]
@@ -65,28 +66,24 @@ def evaluate(
     def answers(batches: Sequence[Batch]) -> list[Answer]:
         return list(ask(model, batches, probes.wording, processor))
 
-    shared = prepare(other_questions(probes), probes.wording, processor, batch_size)
-    original_shared = answers(shared)
     scores: dict[tuple[str, str], dict[str, Rate]] = {}
     examples: list[Example] = []
-    training = model.training
-    model.eval()
     from tqdm.auto import tqdm
 
-    try:
-        with tqdm(total=len(concepts) * len(every), desc="evaluate", unit="erasure", disable=not progress) as bar:
-            for concept in concepts:
-                own = prepare(own_questions(probes, concept), probes.wording, processor, batch_size)
-                for name, method in every.items():
-                    with method(concept):
-                        own_answers = answers(own)
-                        others = original_shared if name == ORIGINAL else answers(shared)
-                    scores[name, concept] = score(concept, own_answers, others, probes)
-                    described = [a for a in own_answers if a.question.kind == "describe"]
-                    examples += [Example(concept, answer, name) for answer in described[:_EXAMPLES]]
-                    bar.update()
-    finally:
-        model.train(training)
+    bar = tqdm(total=len(concepts) * len(every), desc="evaluate", unit="erasure", disable=not progress)
+    with evaluating(model), bar:
+        shared = prepare(other_questions(probes), probes.wording, processor, batch_size)
+        original_shared = answers(shared)
+        for concept in concepts:
+            own = prepare(own_questions(probes, concept), probes.wording, processor, batch_size)
+            for name, method in every.items():
+                with method(concept):
+                    own_answers = answers(own)
+                    others = original_shared if name == ORIGINAL else answers(shared)
+                scores[name, concept] = score(concept, own_answers, others, probes)
+                described = [a for a in own_answers if a.question.kind == "describe"]
+                examples += [Example(concept, answer, name) for answer in described[:_EXAMPLES]]
+                bar.update()
     return Results(scores, probes.domains, examples)
 
 

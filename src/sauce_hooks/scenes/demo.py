@@ -82,6 +82,7 @@ def run(out: str | Path = "sauce_hooks_demo.html", *, quick: bool = False, conso
         The path of the page.
     """
     console = console or Console()
+    Path(out).resolve().parent.mkdir(parents=True, exist_ok=True)  # better to fail now than in a minute
     page = content(quick=quick, console=console)
     path = write_page(page, out)
     _print(page, path, console)
