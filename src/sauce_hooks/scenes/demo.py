@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from sauce_hooks.sae import VisionSAE
 from sauce_hooks.scenes import bundled
 from sauce_hooks.scenes.language import DESCRIBE, YES_NO
 from sauce_hooks.scenes.probes import probes, wording
-from sauce_hooks.scenes.world import SIBLINGS, Scene, sample, stream
+from sauce_hooks.scenes.world import CONCEPTS, SIBLINGS, Scene, sample, stream
 
 ERASED = ("red", "tiger")
 """What the demonstration forgets."""
@@ -52,7 +52,7 @@ MEASURED = ("red", "tiger", "happy", "wood", "soccer")
 _SHOWN = (("red", "tiger"), ("tiger",), ("red",), ("tiger",), ("red",), ())
 """The erased concepts that each image on the page holds."""
 _SEED = 7_000
-_SEARCHED, _TOP_FEATURES, _TOP_IMAGES = 300, 4, 6
+_CANDIDATES, _SEARCHED, _TOP_FEATURES, _TOP_IMAGES = 5, 300, 4, 6
 
 CODE = """\
 import sauce_hooks as sh
@@ -97,9 +97,9 @@ def content(*, quick: bool = False, console: Console | None = None) -> DemoPage:
         with _step(progress, "load the model and its SAE"), _no_other_bars():
             model, processor, sae = bundled.load()
         with _step(progress, "draw scenes"):
-            shown = [_find(held, _SEED + i) for i, held in enumerate(_SHOWN)]
             searched = _drawn(sample(60 if quick else _SEARCHED, seed=_SEED, split="val"))
         with _step(progress, "ask before and after"):
+            shown = _choose(model, processor)
             cards = _cards(model, processor, sae, shown)
         n, retained = (8, 1) if quick else (30, 5)
         results = _measure(model, processor, sae, MEASURED[:2] if quick else MEASURED, n, retained, progress)
@@ -154,18 +154,29 @@ def _no_other_bars() -> Generator[None]:
 # The images and the answers. ------------------------------------------------------------------------------------------
 
 
-def _find(held: Sequence[str], seed: int) -> Scene:
-    """The first scene of a test stream that holds these erased concepts, no other, and more that might be lost.
-
-    Where none is held, there is at least a look-alike.
-    """
+def _candidates(held: Sequence[str], seed: int) -> Iterator[Scene]:
+    """Scenes that hold these erased concepts, no other, and more that might be lost; look-alikes, if none is held."""
     lookalikes = {SIBLINGS[concept] for concept in ERASED}
     others = [concept for concept in ERASED if concept not in held]
     for scene in stream(seed=seed, contains=held[-1] if held else None, lacks=others, split="test"):
         rest = scene.concepts - set(ERASED)
         if scene.concepts.issuperset(held) and len(scene.things) > 1 and len(rest) > 1 and (held or rest & lookalikes):
-            return scene
-    raise AssertionError("a stream of scenes has no end")
+            yield scene
+
+
+def _choose(model: nn.Module, processor: Any) -> list[Scene]:
+    """Of each kind, the first scene that the original model describes without a mistake: what it can't see it can't forget.
+
+    What the model says while it forgets has no part in the choice.
+    """
+    words = wording()
+    kinds = [list(islice(_candidates(held, _SEED + i), _CANDIDATES)) for i, held in enumerate(_SHOWN)]
+    scenes = [scene for kind in kinds for scene in kind]
+    questions = [Question(Probe(scene.image, scene.concepts), "describe", None) for scene in scenes]
+    answers = ask(model, prepare(questions, words, processor, batch_size=64), words, processor)
+    named = ({concept for concept in CONCEPTS if words.mentions(answer.text, concept)} for answer in answers)
+    right = {id(scene) for scene, concepts in zip(scenes, named, strict=True) if concepts == scene.concepts}
+    return [next((scene for scene in kind if id(scene) in right), kind[0]) for kind in kinds]
 
 
 def _drawn(scenes: Sequence[Scene]) -> list[Scene]:

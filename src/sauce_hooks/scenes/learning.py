@@ -25,6 +25,8 @@ CONTRAST_SEED = 1
 KS = (1, 2, 3)
 GAMMAS = (0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0)
 """From mild to strong."""
+PAPER_K = 32
+"""Features a concept for the paper's SAE; the paper does not say how many."""
 TARGET = 0.96
 """Share of the validation images on which a concept must be forgotten, in both forms."""
 

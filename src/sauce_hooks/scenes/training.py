@@ -28,10 +28,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sauce_hooks.erasure import PAPER_GAMMA
 from sauce_hooks.sae import VisionSAE, train_sae
 from sauce_hooks.scenes import language, world
 from sauce_hooks.scenes.bundled import asset, competence, load_model
-from sauce_hooks.scenes.learning import learn_bank
+from sauce_hooks.scenes.learning import PAPER_K, learn_bank
 
 PIXELS, PATCH = 48, 8
 N_PATCHES = (PIXELS // PATCH) ** 2
@@ -521,6 +522,10 @@ def train(out: Path, recipe: Recipe) -> None:
     if len(sae.concepts) < len(world.CONCEPTS):
         learn_bank(model, processor, sae)
         sae.save(out / "sae")
+    paper = VisionSAE.load(out / "sae_paper")
+    if len(paper.concepts) < len(world.CONCEPTS):
+        learn_bank(model, processor, paper, [(PAPER_K, PAPER_GAMMA)])
+        paper.save(out / "sae_paper")
 
 
 def main(out: Path = Path("runs/scenes"), seed: int = 0, install: bool = False) -> None:
