@@ -3,7 +3,7 @@
 import sauce_hooks as sh
 
 model, processor, sae = sh.scenes.load()
-scene = next(s for s in sh.scenes.sample(300, seed=0, contains="tiger") if "red" in s.concepts)
+scene = next(s for s in sh.scenes.sample(300, seed=2, contains="tiger") if "red" in s.concepts)
 inputs = processor(images=scene.image, text=sh.scenes.describe_prompt(), return_tensors="pt")
 
 

@@ -12,6 +12,7 @@ from sauce_hooks.erasure.edit import (
     scale_features,
     sparse_delta_edit,
 )
+from sauce_hooks.erasure.merge import merge_gammas
 from sauce_hooks.errors import EditError
 from tiny import D_IN, D_SAE, make_sae
 
@@ -239,6 +240,11 @@ def test_of_contradicting_gammas_the_strongest_holds(seed, factors):
     sae, x = make_sae(), acts(seed)
     merged = MergedEdit([edit(sae, {3: gamma}) for gamma in factors])
     assert torch.equal(merged(x), MergedEdit([edit(sae, {3: min(factors)})])(x))
+
+
+@pytest.mark.parametrize("split", [[{3: -0.5}, {3: 2.5}], [{3: 2.5}, {3: -0.5}]])
+def test_of_factors_equally_far_from_one_the_lower_holds(split):
+    assert merge_gammas(split) == {3: -0.5}
 
 
 def test_the_same_feature_of_two_saes_is_no_contradiction():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,35 +119,23 @@ def iter_inputs(images: Any, processor: Any, batch_size: int) -> Iterator[Inputs
     Raises:
         ImagesError: images were given without a processor, or none can be read.
     """
-    items = _items(images)
-    if _holds_inputs(items):
+    items = iter(_items(images))
+    first: Any = next(items, None)
+    if _is_inputs(first):
+        yield first
         yield from items
         return
-    if not isinstance(items, Sequence):
-        iterator = iter(items)
-        first = next(iterator, None)
-        if _is_inputs(first):
-            yield first
-            yield from iterator
-            return
-        items = _chain(first, iterator)
     if processor is None:
         raise ImagesError("images need a processor=...: the model's AutoProcessor. Only batches of model inputs do not.")
     prepare = getattr(processor, "image_processor", processor)
     batch: list[Image.Image] = []
-    for image in iter_images(items):
+    for image in iter_images(chain(() if first is None else (first,), items)):
         batch.append(image)
         if len(batch) == batch_size:
             yield prepare(images=batch, return_tensors="pt")
             batch = []
     if batch:
         yield prepare(images=batch, return_tensors="pt")
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    if first is not None:
-        yield first
-    yield from rest
 
 
 def to_device(inputs: Inputs, names: Sequence[str], like: Tensor) -> dict[str, Tensor]:

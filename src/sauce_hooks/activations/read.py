@@ -13,29 +13,16 @@ from torch import Tensor, nn
 
 from sauce_hooks.activations.images import Inputs, iter_inputs, to_device
 from sauce_hooks.errors import NonFiniteActivationsError
-from sauce_hooks.hookpoint import HookPoint, ReadTokens, evaluating, select
-
-_NNSIGHT_LEAVES = ("forward", "__nnsight__")
-"""What nnsight puts into a module's `__dict__` and never takes out again."""
+from sauce_hooks.hookpoint import HookPoint, ReadTokens, select, untouched
 
 
 @contextmanager
 def _traced(tower: nn.Module) -> Generator[Any]:
-    """The tower under nnsight, every module's attributes restored afterwards."""
+    """The tower under nnsight, which leaves `forward` and `__nnsight__` in every module and never takes them out again."""
     from nnsight import NNsight
 
-    missing = object()
-    before = [(m, [(k, m.__dict__.get(k, missing)) for k in _NNSIGHT_LEAVES]) for m in tower.modules()]
-    try:
-        with evaluating(tower):
-            yield NNsight(tower)
-    finally:
-        for module, attributes in before:
-            for key, value in attributes:
-                if value is missing:
-                    module.__dict__.pop(key, None)
-                else:
-                    module.__dict__[key] = value
+    with untouched(tower):
+        yield NNsight(tower)
 
 
 def _relative(path: str, root: str) -> str:

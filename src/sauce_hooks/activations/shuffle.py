@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def shuffled_batches(
-    chunks: Iterable[Float[Tensor, "n d"]], *, batch_size: int, capacity: int, generator: torch.Generator
-) -> Iterator[Float[Tensor, "b d"]]:
+    chunks: Iterable[Float[Tensor, "_ d"]], *, batch_size: int, capacity: int, generator: torch.Generator
+) -> Iterator[Float[Tensor, "_ d"]]:
     """Batches of rows in random order from a stream of chunks, holding at most `capacity` rows and one chunk.
 
     The buffer is filled, then each incoming row takes the place of a random one, which goes out (a reservoir that

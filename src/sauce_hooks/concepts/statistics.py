@@ -41,7 +41,7 @@ class SetStatistics:
         return cls(len(z_bf), z_bf.sum(0), (z_bf > 0).double().sum(0))
 
 
-def accumulate(batches: Iterable[Float[Tensor, "batch tokens d_sae"]], pool: Pool) -> SetStatistics:
+def accumulate(batches: Iterable[Float[Tensor, "_ tokens d_sae"]], pool: Pool) -> SetStatistics:
     """The sums of a stream of batches; `ContrastError` if it is empty."""
     total: SetStatistics | None = None
     for z_btf in batches:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sauce_hooks.erasure.merge import Edit, MergedEdit
 from sauce_hooks.errors import IneffectiveEraserError
-from sauce_hooks.hookpoint import HookPoint, evaluating, token_slice
+from sauce_hooks.hookpoint import HookPoint, token_slice, untouched
 
 _lock = threading.RLock()
 _places: WeakKeyDictionary[nn.Module, _Place] = WeakKeyDictionary()
@@ -114,11 +114,12 @@ def detach(attachment: Attachment) -> None:
 
 
 def check_ran(attachment: Attachment) -> None:
-    """`IneffectiveEraserError` if images went through the tower while the edit was attached and it never ran."""
-    if attachment.tower_runs and not attachment.edits_run:
+    """`IneffectiveEraserError` if the tower ran while the edit was attached and the edit did not run as often."""
+    if attachment.edits_run < attachment.tower_runs:
         raise IneffectiveEraserError(
-            f"the vision tower ran {attachment.tower_runs} times, but the block {attachment.hook_point.path} never did: "
-            "nothing was erased. Was a block replaced, or the model compiled, after the eraser was attached?"
+            f"the vision tower ran {attachment.tower_runs} times, but the edit of {attachment.hook_point.path} only "
+            f"{attachment.edits_run} times: images went by unedited. Was the block replaced, or the model compiled, "
+            "after the eraser was attached?"
         )
 
 
@@ -152,12 +153,10 @@ def check_effect(model: nn.Module, hook_point: HookPoint) -> None:
     pixels = torch.zeros(
         (2, vision.num_channels, vision.image_size, vision.image_size), device=parameter.device, dtype=parameter.dtype
     )
-    handle = hook_point.module(model).register_forward_hook(disturb, prepend=True)
-    try:
-        with torch.no_grad(), evaluating(model):
-            features = _tensors(get_features(pixel_values=pixels))
-    finally:
-        handle.remove()
+    # A first forward makes transformers install hooks of its own; they are its business once the user's own forward comes.
+    with untouched(model), torch.no_grad():
+        hook_point.module(model).register_forward_hook(disturb, prepend=True)
+        features = _tensors(get_features(pixel_values=pixels))
     if torch.equal(features[0], features[1]):
         raise IneffectiveEraserError(
             f"an edit of {hook_point.path} does not reach the language side of {type(model).__name__}: the image features "

@@ -23,7 +23,7 @@ def scale_features(
 ) -> Float[Tensor, "*batch d_sae"]:
     """C(z): the chosen features times their factor, the others as they were. Eq. 6."""
     scaled = z.clone()
-    scaled[..., features_k] = z[..., features_k] * gamma_k
+    scaled[..., features_k] = z[..., features_k] * gamma_k.to(z.dtype)
     return scaled
 
 
@@ -37,9 +37,12 @@ def decode_edit(
 def dense_delta_edit(
     x: Float[Tensor, "*batch d"], sae: Any, features_k: Int[Tensor, " k"], gamma_k: Float[Tensor, " k"]
 ) -> Float[Tensor, "*batch d"]:
-    """x′ = x + Σ_{i ∈ F_c} (γ_i − 1) z_i W_dec[i], with z from the whole encoder: right for every architecture."""
-    z_k = sae.encode(x)[..., features_k]
-    return x + (z_k * (gamma_k - 1)) @ sae.W_dec[features_k]
+    """x′ = x + (decode(C(z)) − decode(z)), from the whole encoder and decoder: right for every architecture.
+
+    z is computed anew for each decoding: an SAE that normalises at run time hands the scale from one to the other.
+    """
+    change = decode_edit(x, sae, features_k, gamma_k) - sae.decode(sae.encode(x))
+    return x + change.to(x.dtype)
 
 
 @dataclass(frozen=True, eq=False)

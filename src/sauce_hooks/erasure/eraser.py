@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ContextDecorator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -104,7 +104,7 @@ class ConceptEraser(ContextDecorator):
         """Whether it is on."""
         return self._attachment is not None
 
-    def attach(self) -> Self:
+    def attach(self) -> ConceptEraser:
         """Turn it on until `detach`; the same as entering it."""
         with self._lock:
             if self._attachment is None:
@@ -127,7 +127,7 @@ class ConceptEraser(ContextDecorator):
                 self._attachment = None
         return attachment
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ConceptEraser:
         return self.attach()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

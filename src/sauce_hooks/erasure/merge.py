@@ -7,7 +7,7 @@ edits name is edited once: nesting must not scale it twice, for (−0.5)² would
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,23 +60,18 @@ def merge_gammas(all_gammas: Iterable[dict[int, float]]) -> dict[int, float]:
     return merged
 
 
-@dataclass(eq=False)
 class MergedEdit:
     """All edits active at one place, as one function of the block's tokens."""
 
-    edits: Sequence[Edit]
-    tokens: EditTokens = field(init=False)
-    _changes: list[_Compiled] = field(init=False)
-
-    def __post_init__(self) -> None:
-        policies = {edit.tokens for edit in self.edits}
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        policies: set[EditTokens] = {edit.tokens for edit in edits}
         if len(policies) > 1:
             raise EditError(f"edits of different tokens ({', '.join(sorted(policies))}) cannot be merged at one place")
-        self.tokens = policies.pop() if policies else "all"
-        features = [edit for edit in self.edits if isinstance(edit, FeatureEdit)]
+        self.tokens: EditTokens = policies.pop() if policies else "all"
+        features = [edit for edit in edits if isinstance(edit, FeatureEdit)]
         saes = {id(edit.sae): edit.sae for edit in features}
         kept = {edit.preserve_error for edit in features}
-        if len(kept) > 1 or (kept == {False} and (len(saes) > 1 or len(features) < len(self.edits))):
+        if len(kept) > 1 or (kept == {False} and (len(saes) > 1 or len(features) < len(edits))):
             raise EditError(
                 "an edit without the reconstruction error (preserve_error=False) replaces the whole activation, so it "
                 "merges only with edits of the same SAE that drop it too"
@@ -84,7 +79,7 @@ class MergedEdit:
         self._changes = [
             _scale(sae, merge_gammas(e.gammas for e in features if e.sae is sae), kept == {True}) for sae in saes.values()
         ]
-        projections = [edit for edit in self.edits if isinstance(edit, ProjectionEdit)]
+        projections = [edit for edit in edits if isinstance(edit, ProjectionEdit)]
         if projections:
             self._changes.append(_projection(projections))
 

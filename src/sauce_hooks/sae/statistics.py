@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def feature_stats(sae: SAE[Any], rows: Iterable[Float[Tensor, "n d_in"]]) -> FeatureStats:
+def feature_stats(sae: SAE[Any], rows: Iterable[Float[Tensor, "_ d_in"]]) -> FeatureStats:
     """FS (Eq. 7), FMAV (Eq. 8), explained variance and L0 of an SAE over a stream of rows."""
     n = 0
     fired_f = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)

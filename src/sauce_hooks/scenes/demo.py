@@ -93,7 +93,7 @@ def content(*, quick: bool = False, console: Console | None = None) -> DemoPage:
     """Everything the page shows, from the bundled model."""
     started = time.monotonic()
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with _one_thread(), Progress(*columns, console=console) as progress:
         with _step(progress, "load the model and its SAE"), _no_other_bars():
             model, processor, sae = bundled.load()
         with _step(progress, "draw scenes"):
@@ -138,6 +138,17 @@ def _step(progress: Progress, name: str) -> Generator[None]:
 
 
 @contextmanager
+def _one_thread() -> Generator[None]:
+    """The model is so small that a second thread gains little, and on a busy machine two wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def _no_other_bars() -> Generator[None]:
     """Transformers' own progress bars would be drawn through ours."""
     from transformers.utils import logging
@@ -174,7 +185,7 @@ def _choose(model: nn.Module, processor: Any) -> list[Scene]:
     scenes = [scene for kind in kinds for scene in kind]
     questions = [Question(Probe(scene.image, scene.concepts), "describe", None) for scene in scenes]
     answers = ask(model, prepare(questions, words, processor, batch_size=64), words, processor)
-    named = ({concept for concept in CONCEPTS if words.mentions(answer.text, concept)} for answer in answers)
+    named = (frozenset(c for c in CONCEPTS if words.mentions(answer.text, c)) for answer in answers)
     right = {id(scene) for scene, concepts in zip(scenes, named, strict=True) if concepts == scene.concepts}
     return [next((scene for scene in kind if id(scene) in right), kind[0]) for kind in kinds]
 
