@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -86,7 +85,7 @@ class ConceptBank(Mapping[str, Concept]):
     def load(cls, path: str | Path) -> ConceptBank:
         """Read what `save` wrote; `SAEFileError` if it is anything else."""
         try:
-            data = cast(dict[str, Any], json.loads(Path(path).read_text()))
+            data = cast(dict[str, Any], json.loads(Path(path).read_text(encoding="utf-8")))
             if data["format"] != BANK_FORMAT:
                 raise SAEFileError(f"{path} is a bank of format {data['format']}; this version reads {BANK_FORMAT}")
             return cls(
@@ -107,11 +106,10 @@ class ConceptBank(Mapping[str, Concept]):
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # no mkstemp: the file keeps its usual permissions
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

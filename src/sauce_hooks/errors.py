@@ -32,6 +32,10 @@ class TokenPolicyError(SauceHooksError, ValueError):
     """A choice of tokens that does not exist, or not in this tower."""
 
 
+class PresetError(SauceHooksError, ValueError):
+    """A training preset that does not exist; lists those that do."""
+
+
 class ImagesError(SauceHooksError, ValueError):
     """Nothing usable among the images given: none at all, all unreadable, or of a kind nobody can read."""
 

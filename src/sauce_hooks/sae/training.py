@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sauce_hooks.activations import count_images, read_activations, shuffled_batches
-from sauce_hooks.errors import ImagesError, SAEFileError
+from sauce_hooks.errors import ImagesError, PresetError, SAEFileError
 from sauce_hooks.hookpoint import HookPoint, TokenPolicy, find_hook_point, tokens_per_image
 from sauce_hooks.sae.initialization import center
 from sauce_hooks.sae.presets import PRESETS, Preset
@@ -79,6 +79,8 @@ def train_sae(
         ImagesError: no readable image.
         NonFiniteActivationsError: NaN or infinity in an activation.
     """
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise PresetError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}. Or give a sauce_hooks.sae.Preset.")
     recipe = replace(PRESETS[preset] if isinstance(preset, str) else preset, **changes)
     hook_point = hook_point or find_hook_point(model)
     tokens = tokens or recipe.tokens

@@ -150,6 +150,7 @@ def build_processor() -> Any:
         additional_special_tokens=["<image>"],
         padding_side="left",
         model_max_length=256,
+        clean_up_tokenization_spaces=True,
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
     return LlavaProcessor(
