@@ -48,8 +48,11 @@ def _open(item: Any) -> Image.Image:
     if isinstance(item, Image.Image):
         return item.convert("RGB")
     if isinstance(item, str | Path):
-        with Image.open(item) as image:
-            return image.convert("RGB")
+        try:
+            with Image.open(item) as image:
+                return image.convert("RGB")
+        except Exception as problem:  # Pillow's decoders raise whatever a damaged file makes them stumble over
+            raise OSError(str(problem)) from problem
     if isinstance(item, Mapping) and "image" in item:  # a row of a Hugging Face dataset
         return _open(item["image"])
     if isinstance(item, Mapping) and item.get("bytes"):  # the same, not decoded

@@ -47,8 +47,9 @@ class _Place:
     merged: MergedEdit = field(default_factory=lambda: MergedEdit(()))
     handles: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
 
-    def on_tower(self, module: nn.Module, args: Any) -> None:
-        del module, args
+    def on_tower(self, module: nn.Module, args: Any, output: Any) -> None:
+        # Counted when it has run to its end: reading with nnsight stops the tower before other people's hooks.
+        del module, args, output
         for attachment in self.active:
             attachment.tower_runs += 1
 
@@ -90,7 +91,7 @@ def attach(model: nn.Module, hook_point: HookPoint, edit: Edit) -> Attachment:
         merged = MergedEdit([*(other.edit for other in place.active), edit])
         if not place.active:
             place.handles = [
-                hook_point.tower_module(model).register_forward_pre_hook(place.on_tower, prepend=True),
+                hook_point.tower_module(model).register_forward_hook(place.on_tower, prepend=True),
                 block.register_forward_hook(place.on_block, prepend=True),
             ]
             _places[block] = place
@@ -116,10 +117,11 @@ def detach(attachment: Attachment) -> None:
 def check_ran(attachment: Attachment) -> None:
     """`IneffectiveEraserError` if the tower ran while the edit was attached and the edit did not run as often."""
     if attachment.edits_run < attachment.tower_runs:
+        missed = "images went by unedited" if attachment.edits_run else "nothing was erased"
         raise IneffectiveEraserError(
-            f"the vision tower ran {attachment.tower_runs} times, but the edit of {attachment.hook_point.path} only "
-            f"{attachment.edits_run} times: images went by unedited. Was the block replaced, or the model compiled, "
-            "after the eraser was attached?"
+            f"the vision tower ran {attachment.tower_runs} times, but the edit of {attachment.hook_point.path} "
+            f"{attachment.edits_run} times: {missed}. Was the block replaced, or the model compiled, after the eraser was "
+            "attached?"
         )
 
 

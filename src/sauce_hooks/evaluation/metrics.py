@@ -49,7 +49,8 @@ def rate(hits: Iterable[bool]) -> Rate:
     if not values:
         return Rate(float("nan"), 0, float("nan"), float("nan"))
     interval: Any = proportion_confint(sum(values), len(values), method="wilson")
-    return Rate(sum(values) / len(values), len(values), float(interval[0]), float(interval[1]))
+    value = sum(values) / len(values)
+    return Rate(value, len(values), min(value, float(interval[0])), max(value, float(interval[1])))  # rounding aside
 
 
 def auroc(positive: Sequence[float], negative: Sequence[float]) -> Rate:

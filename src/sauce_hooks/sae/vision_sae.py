@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _RECORD, _BANK, _STATS = "vision_sae.json", "concepts.json", "feature_stats.safetensors"
+_OURS = frozenset({_RECORD, _BANK, _STATS, "cfg.json", "sae_weights.safetensors", "training"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,9 +171,17 @@ def _replace_folder(new: Path, target: Path) -> None:
         return
     if any(target.iterdir()) and not (target / _RECORD).exists() and not (target / "training").exists():
         raise SAEFileError(f"{target} exists and is no VisionSAE; refusing to replace it")
-    for item in sorted(new.iterdir(), key=lambda p: p.name == _RECORD):  # the record last: it vouches for the rest
-        item.replace(target / item.name)
-    new.rmdir()
+    aside = target.with_name(f".{target.name}.old")
+    os.rename(target, aside)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    for item in aside.iterdir():  # what a user keeps beside it, a model card say, stays
+        if item.name not in _OURS:
+            shutil.move(item, target / item.name)
+    shutil.rmtree(aside)
 
 
 def _download(source: str) -> Path:

@@ -38,8 +38,7 @@ COLOR_RGB: Mapping[str, tuple[int, int, int]] = MappingProxyType(
 _DARK, _WHITE = (38, 38, 42), (240, 240, 238)
 _FACE, _COURT = (226, 222, 214), (198, 204, 200)
 
-Number = int | float
-Points = Sequence[tuple[Number, Number]]
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -64,24 +63,24 @@ class _Pen:
     def polygon(self, points: Points, fill: Any) -> None:
         self._draw.polygon(self._xy(points), fill=fill)
 
-    def ellipse(self, x: Number, y: Number, rx: Number, ry: Number, fill: Any = None, line: Any = None) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Any = None, line: Any = None) -> None:
         box = self._xy([(x - rx, y - ry), (x + rx, y + ry)])
         self._draw.ellipse(box, fill=fill, outline=line, width=self._width(9))
 
-    def box(self, x0: Number, y0: Number, x1: Number, y1: Number, fill: Any = None, line: Any = None) -> None:
+    def box(self, x0: float, y0: float, x1: float, y1: float, fill: Any = None, line: Any = None) -> None:
         self._draw.rectangle(self._xy([(x0, y0), (x1, y1)]), fill=fill, outline=line, width=self._width(9))
 
-    def line(self, points: Points, fill: Any, width: Number = 10) -> None:
+    def line(self, points: Points, fill: Any, width: float = 10) -> None:
         self._draw.line(self._xy(points), fill=fill, width=self._width(width), joint="curve")
 
-    def arc(self, x: Number, y: Number, rx: Number, ry: Number, a: Number, b: Number, fill: Any, width: Number = 12) -> None:
+    def arc(self, x: float, y: float, rx: float, ry: float, a: float, b: float, fill: Any, width: float = 12) -> None:
         self._draw.arc(self._xy([(x - rx, y - ry), (x + rx, y + ry)]), a, b, fill=fill, width=self._width(width))
 
-    def _width(self, units: Number) -> int:
+    def _width(self, units: float) -> int:
         return max(1, round(units * self._scale))
 
 
-def _ring(n: int, outer: Number, inner: Number, turn: Number = -math.pi / 2) -> Points:
+def _ring(n: int, outer: float, inner: float, turn: float = -math.pi / 2) -> Points:
     radii = [outer, inner] * n
     return [(r * math.cos(turn + i * math.pi / n), r * math.sin(turn + i * math.pi / n)) for i, r in enumerate(radii)]
 
