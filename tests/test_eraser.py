@@ -249,7 +249,7 @@ def test_a_block_whose_output_is_thrown_away_raises_on_entering(model, sae):
 def test_replacing_the_block_inside_raises_on_leaving(model, sae):
     layers = model.model.vision_tower.encoder.layers
     spare = copy.deepcopy(layers[2])
-    with pytest.raises(IneffectiveEraserError, match="nothing was erased"), ConceptEraser(model, sae, ["red"]):
+    with pytest.raises(IneffectiveEraserError, match="unedited"), ConceptEraser(model, sae, ["red"]):
         layers[2] = spare
         logits(model)
 

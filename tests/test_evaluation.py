@@ -99,7 +99,8 @@ def test_eight_of_ten_by_hand():
 def test_a_rate_is_statsmodels_wilson(hits):
     found = rate(iter(hits))
     assert (found.low, found.high) == pytest.approx(proportion_confint(sum(hits), len(hits), method="wilson"))
-    assert 0 <= found.low <= found.value <= found.high <= 1
+    assert -1e-9 <= found.low <= found.value + 1e-9
+    assert found.value - 1e-9 <= found.high <= 1 + 1e-9
 
 
 def test_a_rate_of_nothing_is_nan():
