@@ -249,7 +249,7 @@ def test_a_block_whose_output_is_thrown_away_raises_on_entering(model, sae):
 def test_replacing_the_block_inside_raises_on_leaving(model, sae):
     layers = model.model.vision_tower.encoder.layers
     spare = copy.deepcopy(layers[2])
-    with pytest.raises(IneffectiveEraserError, match="unedited"), ConceptEraser(model, sae, ["red"]):
+    with pytest.raises(IneffectiveEraserError, match=r"ran 1 times.*0 times"), ConceptEraser(model, sae, ["red"]):
         layers[2] = spare
         logits(model)
 
@@ -270,6 +270,19 @@ def test_an_error_inside_is_not_hidden_behind_ours(model, sae):
         layers[2] = spare
         logits(model)
         raise ZeroDivisionError
+
+
+def test_an_eraser_attached_while_another_thread_reads_is_in_effect(model, sae):
+    expected = erased(model, sae, ["red"])
+    reading, attached = threading.Event(), threading.Event()
+    model.model.vision_tower.embeddings.register_forward_pre_hook(lambda *_: (reading.set(), attached.wait(1), None)[-1])
+    thread = threading.Thread(target=lambda: list(read_activations(model, [model_inputs()], sae.hook_point)))
+    thread.start()
+    reading.wait()
+    with ConceptEraser(model, sae, ["red"]):
+        attached.set()
+        thread.join()
+        assert torch.equal(logits(model), expected)
 
 
 # Union. --------------------------------------------------------------------------------------------------------------
