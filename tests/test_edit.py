@@ -12,7 +12,7 @@ from sauce_hooks.erasure.edit import (
     scale_features,
     sparse_delta_edit,
 )
-from sauce_hooks.erasure.merge import merge_gammas
+from sauce_hooks.erasure.merging import merge_gammas
 from sauce_hooks.errors import EditError
 from tiny import D_IN, D_SAE, make_sae
 

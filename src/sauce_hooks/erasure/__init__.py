@@ -2,7 +2,7 @@
 
 from sauce_hooks.erasure.attach import attach, check_effect, check_ran, detach
 from sauce_hooks.erasure.eraser import PAPER_GAMMA, ConceptEraser, merge
-from sauce_hooks.erasure.merge import FeatureEdit, MergedEdit, ProjectionEdit
+from sauce_hooks.erasure.merging import FeatureEdit, MergedEdit, ProjectionEdit
 
 __all__ = [
     "PAPER_GAMMA",

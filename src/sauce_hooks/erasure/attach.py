@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sauce_hooks.erasure.merge import Edit, MergedEdit
+from sauce_hooks.erasure.merging import Edit, MergedEdit
 from sauce_hooks.errors import IneffectiveEraserError
 from sauce_hooks.hookpoint import HookPoint, token_slice, untouched
 
@@ -157,8 +157,11 @@ def check_effect(model: nn.Module, hook_point: HookPoint) -> None:
     )
     # A first forward makes transformers install hooks of its own; they are its business once the user's own forward comes.
     with untouched(model), torch.no_grad():
-        hook_point.module(model).register_forward_hook(disturb, prepend=True)
-        features = _tensors(get_features(pixel_values=pixels))
+        handle = hook_point.module(model).register_forward_hook(disturb, prepend=True)
+        try:
+            features = _tensors(get_features(pixel_values=pixels))
+        finally:
+            handle.remove()
     if torch.equal(features[0], features[1]):
         raise IneffectiveEraserError(
             f"an edit of {hook_point.path} does not reach the language side of {type(model).__name__}: the image features "

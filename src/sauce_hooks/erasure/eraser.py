@@ -12,7 +12,7 @@ from torch import nn
 
 from sauce_hooks.bank import Concept, ConceptBank
 from sauce_hooks.erasure.attach import Attachment, attach, check_ran, detach
-from sauce_hooks.erasure.merge import FeatureEdit, merge_gammas
+from sauce_hooks.erasure.merging import FeatureEdit, merge_gammas
 from sauce_hooks.errors import EditError, EraserStateError, SAEMismatchError
 from sauce_hooks.hookpoint import HookPoint, find_hook_point
 from sauce_hooks.sae import VisionSAE

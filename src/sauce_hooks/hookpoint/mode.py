@@ -30,19 +30,25 @@ def evaluating(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Generator[None]:
-    """Evaluation mode for the length of a `with`; afterwards every attribute and hook of every module is as it was.
+    """Evaluation mode for the length of a `with`; afterwards the model is as if it had not run.
 
-    Hooks put in meanwhile, by whomever, are gone. Weights are not guarded: nothing here changes any.
+    Attributes that were added or changed go back to what they were, and the hooks that transformers installs for itself at
+    a first forward come out again. Hooks of anybody else stay: another thread may be putting an eraser in meanwhile.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
-    hooks = [(table, dict(table)) for module, _ in attributes for name in _HOOK_TABLES for table in (getattr(module, name),)]
+    tables = [getattr(module, name) for module, _ in attributes for name in _HOOK_TABLES]
+    hooks = [(table, set(table)) for table in tables]
     try:
         model.eval()
         yield
     finally:
         for module, former in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(former)
+            for key in [key for key in module.__dict__ if key not in former]:
+                del module.__dict__[key]
+            for key, value in former.items():
+                if module.__dict__.get(key) is not value:
+                    module.__dict__[key] = value
         for table, former in hooks:
-            table.clear()
-            table.update(former)
+            for key in [key for key in list(table) if key not in former]:
+                if getattr(table[key], "__module__", "").startswith("transformers."):
+                    del table[key]
