@@ -382,6 +382,16 @@ def test_a_folder_with_other_things_in_it_is_not_touched(stored, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "sae"]
 
 
+def test_saving_keeps_what_else_lies_in_the_folder(stored):
+    sae, folder = stored
+    (folder / "training" / "000000100").mkdir(parents=True)
+    (folder / "README.md").write_text("mine")
+    sae.save(folder)
+    assert (folder / "training" / "000000100").is_dir()
+    assert (folder / "README.md").read_text() == "mine"
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -78,7 +78,7 @@ class Columns:
         )
 
     def encode(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
-        """Z of these features alone. Eq. 1, with JumpReLU's threshold where there is one."""
+        """Activations of these features alone: Eq. 1, with JumpReLU's threshold where there is one."""
         pre = x @ self.W_enc_dk + self.b_enc_k
         return pre * (pre > self.threshold_k)
 

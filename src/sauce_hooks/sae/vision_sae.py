@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _RECORD, _BANK, _STATS = "vision_sae.json", "concepts.json", "feature_stats.safetensors"
-_OURS = frozenset({_RECORD, _BANK, _STATS, "cfg.json", "sae_weights.safetensors", "training"})
+_OURS = frozenset({_RECORD, _BANK, _STATS, "cfg.json", "sae_weights.safetensors"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,17 +171,21 @@ def _replace_folder(new: Path, target: Path) -> None:
         return
     if any(target.iterdir()) and not (target / _RECORD).exists() and not (target / "training").exists():
         raise SAEFileError(f"{target} exists and is no VisionSAE; refusing to replace it")
-    aside = target.with_name(f".{target.name}.old")
-    os.rename(target, aside)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    aside = scratch / target.name
     try:
-        os.rename(new, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    for item in aside.iterdir():  # what a user keeps beside it, a model card say, stays
-        if item.name not in _OURS:
-            shutil.move(item, target / item.name)
-    shutil.rmtree(aside)
+        os.rename(target, aside)
+        try:
+            os.rename(new, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+        for item in aside.iterdir():  # what else lies there stays: a model card, checkpoints of an unfinished training
+            if item.name not in _OURS:
+                shutil.move(item, target / item.name)
+    finally:
+        if target.exists():  # else the old folder is in there, and the only one there is
+            shutil.rmtree(scratch)
 
 
 def _download(source: str) -> Path:
