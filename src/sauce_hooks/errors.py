@@ -48,6 +48,18 @@ class UnreadableImageWarning(UserWarning):
     """Some images could not be read and were skipped; counts and names them."""
 
 
+class ActivationCacheError(SauceHooksError, ValueError):
+    """Stored activations that are damaged, or were made with another model, place, choice of tokens or data; says which."""
+
+
+class ResumeError(SauceHooksError, ValueError):
+    """A training that cannot be gone on with: its settings, model or data have changed since; says which."""
+
+
+class DivergedError(SauceHooksError, ArithmeticError):
+    """The loss is NaN or infinite; names the step and the last good checkpoint."""
+
+
 class NonFiniteActivationsError(SauceHooksError, ValueError):
     """NaN or infinity in the activations; names the hook point and how many rows."""
 
