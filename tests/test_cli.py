@@ -23,7 +23,7 @@ def photo(tmp_path_factory):
 
 def test_help_lists_every_verb():
     shown = runner.invoke(app, ["--help"]).output
-    for verb in ("demo", "table", "hook-point", "train-sae", "learn", "ask"):
+    for verb in ("demo", "table", "hook-point", "train-sae", "features", "learn", "ask"):
         assert verb in shown
 
 

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from sauce_hooks.concepts import learn_concept as learn_concept
     from sauce_hooks.erasure import ConceptEraser as ConceptEraser
     from sauce_hooks.evaluation import Results as Results
+    from sauce_hooks.evaluation import describe_sae as describe_sae
     from sauce_hooks.evaluation import evaluate as evaluate
+    from sauce_hooks.evaluation import loss_added as loss_added
     from sauce_hooks.hookpoint import HookPoint as HookPoint
     from sauce_hooks.hookpoint import TokenPolicy as TokenPolicy
     from sauce_hooks.hookpoint import find_hook_point as find_hook_point
@@ -40,10 +42,12 @@ _HOMES = {
     "Results": "sauce_hooks.evaluation",
     "TokenPolicy": "sauce_hooks.hookpoint",
     "VisionSAE": "sauce_hooks.sae",
+    "describe_sae": "sauce_hooks.evaluation",
     "errors": "sauce_hooks",
     "evaluate": "sauce_hooks.evaluation",
     "find_hook_point": "sauce_hooks.hookpoint",
     "learn_concept": "sauce_hooks.concepts",
+    "loss_added": "sauce_hooks.evaluation",
     "read_activations": "sauce_hooks.activations",
     "scenes": "sauce_hooks",
     "train_sae": "sauce_hooks.sae",
@@ -51,7 +55,7 @@ _HOMES = {
 
 __all__ = [  # noqa: RUF022 - in the order of the flow
     "find_hook_point", "HookPoint", "TokenPolicy", "read_activations", "train_sae", "VisionSAE", "learn_concept",
-    "Concept", "ConceptBank", "ConceptEraser", "evaluate", "Results", "scenes", "errors",
+    "Concept", "ConceptBank", "ConceptEraser", "evaluate", "describe_sae", "loss_added", "Results", "scenes", "errors",
 ]  # fmt: skip
 
 

@@ -116,12 +116,30 @@ def hook_point(
 @app.command("train-sae")
 def train_sae(
     model: ModelArgument,
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", exists=True, help=ImagesHelp)],
+    images: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES",
+            help="A folder of images or of WebDataset shards, a pattern like *shards/{000..099}.tar*, or the id of a "
+            "Hugging Face dataset.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(file_okay=False, help="The folder to save the SAE to.")],
     preset: Annotated[str, typer.Option(help="*sauce*: the paper's; *batchtopk*: a better modern one.")] = "sauce",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(file_okay=False, help="A folder to keep activations in, for the later epochs.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
+    n_images: Annotated[int | None, typer.Option(min=1, help="Use so many images; needed for shards and streams.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images; the preset's by default.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
+    image_batch_size: Annotated[int, typer.Option(min=1, help="Images a forward of the tower.")] = 64,
+    log_to: Annotated[list[str] | None, typer.Option(help="*tensorboard* or *wandb*; repeat for both.")] = None,
 ) -> None:
     """Train a sparse autoencoder on one block of a model's vision tower.
+
+    Over several processes: `torchrun --nproc-per-node 8 -m sauce_hooks train-sae ...`, or `accelerate launch`.
 
     Example: `sauce-hooks train-sae llava-hf/llava-1.5-7b-hf photos/ --out llava-sae --preset batchtopk`
     """
@@ -130,8 +148,23 @@ def train_sae(
 
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
+    data = _images(images, split)
+    changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     network, processor = _load(model)
-    sae = train(network, images, processor=processor, preset=preset, out=out, resume=resume)
+    sae = train(
+        network,
+        data,
+        processor=processor,
+        preset=preset,
+        out=out,
+        resume=resume,
+        cache=cache,
+        n_images=n_images,
+        workers=workers,
+        image_batch_size=image_batch_size,
+        log_to=log_to or (),
+        **changes,
+    )
     if sae.stats is not None:
         typer.echo(f"explained variance {sae.stats.explained_variance:.3f}, L0 {sae.stats.l0:.1f}", err=True)
     typer.echo(out)
@@ -163,6 +196,44 @@ def learn(
     vision_sae.save(sae)
     best = ", ".join(f"{f} ({s:.3g})" for f, s in list(zip(concept.features, concept.scores, strict=True))[:5])
     typer.echo(f"{name}: {len(concept.features)} features, best {best}")
+
+
+@app.command()
+def features(
+    sae: Annotated[
+        str, typer.Argument(metavar="SAE", help="A folder that `train-sae` wrote, a hub id, or the word *bundled*.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model it belongs to, to measure its features on `--images`.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(metavar="IMAGES", exists=True, help=ImagesHelp)] = None,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("features.html"),
+) -> None:
+    """Look at what an SAE's features mean: numbers, plots and each feature's top images, on one HTML page.
+
+    With `--model` and `--images` it measures, and the SAE's folder remembers; without, the page shows what the folder holds.
+
+    Example: `sauce-hooks features llava-sae --model llava-hf/llava-1.5-7b-hf --images photos/ --out features.html`
+    """
+    from sauce_hooks.report import write_features
+    from sauce_hooks.sae import VisionSAE
+    from sauce_hooks.scenes import asset
+
+    bundled = sae == "bundled"
+    if (model is None) != (images is None) and not bundled:
+        missing = "--images" if images is None else "--model"
+        raise typer.BadParameter("measuring takes both a model and images: one of them is missing", param_hint=missing)
+    vision_sae = VisionSAE.load(asset("sae") if bundled else sae)
+    if model is not None or bundled:
+        _describe(vision_sae, model or "bundled", images)
+        if Path(sae).is_dir() and not bundled:
+            vision_sae.save(sae)
+    elif vision_sae.stats is None:
+        raise typer.BadParameter(
+            f"{sae} holds nothing about its features yet: add --model MODEL --images IMAGES to measure them",
+            param_hint="SAE",
+        )
+    typer.echo(write_features(vision_sae, out, sae))
 
 
 @app.command()
@@ -202,13 +273,53 @@ def ask(
             typer.echo(f"after:  {answer()}")
 
 
+def _images(images: str, split: str) -> Any:
+    """What the word for some images means: a path, shards, or a dataset on the hub, which is streamed."""
+    if Path(images).exists() or images.endswith((".tar", "}")):
+        return images
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(images, split=split, streaming=True)
+    except (OSError, ValueError) as problem:
+        message = f"{images!r} is no folder, no shards and no dataset that can be loaded: {problem}"
+        raise typer.BadParameter(message, param_hint="IMAGES") from problem
+
+
+_ANSWERED, _BUNDLED_IMAGES = 48, 1_000
+"""Images whose answers the loss added is measured on, and scenes that show the bundled features."""
+
+
+def _describe(sae: Any, model: str, images: Path | None) -> None:
+    """Measure features on images (scenes of the bundled world if there are none), and the loss added on some of them."""
+    from itertools import islice
+
+    from sauce_hooks.activations import iter_images
+    from sauce_hooks.evaluation import Answered, describe_sae, own_answers
+    from sauce_hooks.scenes import describe_prompt, sample
+
+    network, processor = _load(model)
+    sae.sae.to(network.device)
+    if images is None:
+        scenes = sample(_BUNDLED_IMAGES, seed=700_000)
+        pictures, answers = [scene.image for scene in scenes], "true"
+        some = zip(scenes[:_ANSWERED], pictures, strict=False)
+        answered = [Answered(picture, describe_prompt(), scene.caption) for scene, picture in some]
+    else:
+        pictures, answers = images, "the model's own"
+        question = describe_prompt() if model == "bundled" else _as_prompt(processor, "Describe this image.")
+        answered = own_answers(network, list(islice(iter_images(images), _ANSWERED)), question, processor)
+    describe_sae(network, sae, pictures, processor=processor, answered=answered, answers=answers)
+
+
 def _load(model: str) -> tuple[Any, Any]:
-    """A model, on the GPU if there is one, and its processor."""
+    """A model, on this process's GPU if there is one, and its processor."""
     if model == "bundled":
         from sauce_hooks.scenes import load_model
 
         return load_model()
     import torch
+    from accelerate import PartialState
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
@@ -216,7 +327,7 @@ def _load(model: str) -> tuple[Any, Any]:
         network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype="auto")
     except (OSError, ValueError, ImportError) as problem:
         raise _not_loaded(model, problem) from problem
-    return network.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
+    return network.eval().to(PartialState(cpu=not torch.cuda.is_available()).device), processor
 
 
 def _skeleton(model: str) -> Any:

@@ -1,75 +1,207 @@
-"""Wherever images come from: one stream of RGB pictures, or of batches that are model inputs already."""
+"""Opening images: one RGB picture each, wherever they come from, and batches of model inputs made of them."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from jaxtyping import Int
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sauce_hooks.activations.sources import (
+    Batches,
+    HubStream,
+    Inputs,
+    Item,
+    Once,
+    Shards,
+    count_inputs,
+    find_source,
+    is_inputs,
+    iter_items,
+)
 from sauce_hooks.errors import ImagesError, UnreadableImageWarning
-from sauce_hooks.hookpoint import PIXELS, VIDEOS
 
-Inputs = Mapping[str, Tensor]
-"""What a processor returns and a model takes: at least `pixel_values`."""
-
-EXTENSIONS = frozenset(Image.registered_extensions())
+NEEDS_PROCESSOR = "images need a processor=...: the model's AutoProcessor. Only batches of model inputs do not."
 
 
-def _folder(path: Path) -> list[Path]:
-    if not path.is_dir():
-        raise ImagesError(f"no such folder of images: {path}")
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    if not found:
-        raise ImagesError(f"no image files in {path} (looked for {', '.join(sorted(EXTENSIONS)[:8])}, ...)")
-    return found
+@dataclass(frozen=True)
+class BrokenImage:
+    """An image that cannot be read."""
+
+    index: int
+    """Its position in the data; in a stream, in this epoch's order."""
+    name: str
+    """Its path, row, or shard and key."""
+    reason: str
 
 
-def _items(images: Any) -> Any:
-    if isinstance(images, str | Path):
-        path = Path(images)
-        return [path] if path.is_file() else _folder(path)
-    if isinstance(images, Mapping):  # one batch of model inputs
-        return [images]
-    if isinstance(images, Tensor | np.ndarray) and images.ndim == 4:
-        return list(images)
-    if not isinstance(images, Iterable):
-        raise ImagesError(f"cannot read images from {type(images).__name__}; give a folder, paths, PIL images or arrays")
-    return images
+@dataclass(frozen=True)
+class ImageBatch:
+    """Some images, ready for the model."""
+
+    inputs: Inputs | None
+    """Model inputs of the images that could be read; None where there are none."""
+    indices: Int[Tensor, " n"]
+    """The position in the data of each image in `inputs`; in a stream, in this epoch's order."""
+    broken: tuple[BrokenImage, ...] = ()
+
+    def __len__(self) -> int:
+        """Images, readable or not."""
+        return len(self.indices) + len(self.broken)
 
 
-def _open(item: Any) -> Image.Image:
-    """One item as a picture; `OSError` if its file cannot be read."""
-    if isinstance(item, Image.Image):
-        return item.convert("RGB")
-    if isinstance(item, str | Path):
-        try:
-            with Image.open(item) as image:
-                return image.convert("RGB")
-        except Exception as problem:  # Pillow's decoders raise whatever a damaged file makes them stumble over
-            raise OSError(str(problem)) from problem
-    if isinstance(item, Mapping) and "image" in item:  # a row of a Hugging Face dataset
-        return _open(item["image"])
-    if isinstance(item, Mapping) and item.get("bytes"):  # the same, not decoded
-        import io
+# One image. ----------------------------------------------------------------------------------------------------------
 
-        return _open(Image.open(io.BytesIO(item["bytes"])))
-    if isinstance(item, Tensor):
-        item = item.detach().cpu().numpy()
-    if isinstance(item, np.ndarray):
-        array = item
-        if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
-            array = np.moveaxis(array, 0, 2)
-        if np.issubdtype(array.dtype, np.floating):
-            array = (array * 255).round().clip(0, 255)
-        return Image.fromarray(array.astype(np.uint8).squeeze()).convert("RGB")
-    raise ImagesError(f"cannot read an image from {type(item).__name__}")
+
+def open_image(content: Any) -> Image.Image:
+    """One item as an RGB picture, turned upright as its EXIF data says.
+
+    Raises:
+        OSError: it cannot be decoded.
+        ImagesError: it is nothing that an image can be read from.
+    """
+    if isinstance(content, Mapping) and "image" in content:  # a row of a Hugging Face dataset
+        return open_image(content["image"])
+    if isinstance(content, Exception):
+        raise content
+    if content is None:
+        raise OSError("no image")
+    encoded = isinstance(content, Mapping) and ("bytes" in content or "path" in content)  # the same, not decoded
+    if not (encoded or isinstance(content, Image.Image | str | Path | bytes | Tensor | np.ndarray)):
+        raise ImagesError(f"cannot read an image from {type(content).__name__}")
+    try:
+        return _decoded(content)
+    except UnidentifiedImageError as problem:  # it names a buffer by its address
+        raise OSError("not an image of a known format") from problem
+    except Exception as problem:  # Pillow's decoders raise whatever a damaged file makes them stumble over
+        raise OSError(str(problem) or type(problem).__name__) from problem
+
+
+def _decoded(content: Any) -> Image.Image:
+    if isinstance(content, Image.Image):
+        return _rgb(content)
+    if isinstance(content, Tensor | np.ndarray):
+        return _from_array(content)
+    if isinstance(content, Mapping):
+        if content.get("bytes") is None:
+            return _from_path(content)
+        content = content["bytes"]
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        return _rgb(image)
+
+
+def _from_path(row: Mapping[str, Any]) -> Image.Image:
+    """A row that says where its image lies: also within an archive, or far away."""
+    from datasets import Image as ImageFeature
+
+    if row.get("path") is None:
+        raise OSError("no image: neither bytes nor path")
+    return _rgb(ImageFeature().decode_example({"path": row["path"], "bytes": None}))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.format == "EPS":
+        raise OSError("PostScript is a program, which is not run")
+    orientation = 1
+    with suppress(Exception):  # damaged EXIF data does not spoil the picture
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _from_array(array: Any) -> Image.Image:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu().numpy()
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = np.moveaxis(array, 0, 2)
+    if np.issubdtype(array.dtype, np.floating):
+        array = (array * 255).round().clip(0, 255)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    return Image.fromarray(array.astype(np.uint8)).convert("RGB")
+
+
+def _attempt(item: Item) -> Image.Image | BrokenImage:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd but readable files
+            return open_image(item.content)
+    except OSError as problem:
+        reason = " ".join(str(problem).split())[:200]
+        return BrokenImage(item.index, item.name if item.name is not None else _described(item), reason)
+
+
+def _described(item: Item) -> str:
+    """A name for a row that has none, the same in whatever order the rows come."""
+    row = item.content if isinstance(item.content, Mapping) else {}
+    path, data = row.get("path"), row.get("bytes")
+    if data is None:
+        return path or f"row {item.index}"
+    return f"{path or 'image'} (sha256 {hashlib.sha256(data).hexdigest()[:12]})"
+
+
+# Batches. ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Opens images and makes model inputs of them."""
+
+    processor: Any
+
+    def __call__(self, items: Sequence[Item]) -> ImageBatch:
+        """One batch; the images that cannot be read are left out and named.
+
+        Raises:
+            ImagesError: an item is nothing that an image can be read from.
+        """
+        if items and is_inputs(items[0].content):  # batches of model inputs come one at a time
+            inputs = items[0].content
+            return ImageBatch(inputs, items[0].index + torch.arange(count_inputs(inputs)))
+        tried = [_attempt(item) for item in items]
+        pictures = [picture for picture in tried if isinstance(picture, Image.Image)]
+        broken = tuple(one for one in tried if isinstance(one, BrokenImage))
+        good = [item.index for item, one in zip(items, tried, strict=True) if isinstance(one, Image.Image)]
+        inputs = dict(self._prepare(images=pictures, return_tensors="pt")) if pictures else None
+        return ImageBatch(inputs, torch.tensor(good, dtype=torch.long), broken)
+
+    @property
+    def _prepare(self) -> Any:
+        return getattr(self.processor, "image_processor", self.processor)
+
+
+def judge(seen: int, broken: int, examples: Sequence[BrokenImage]) -> None:
+    """Whether what was seen will do: a warning where some could not be read.
+
+    Raises:
+        ImagesError: none could be read, or there were none.
+    """
+    names = listing(examples, broken)
+    if seen == broken:
+        raise ImagesError(f"none of the {broken} images can be read: {names}" if broken else "no images")
+    if broken:
+        message = f"skipped {broken} of {seen} images that cannot be read: {names}"
+        warnings.warn(message, UnreadableImageWarning, stacklevel=3)
+
+
+def listing(examples: Sequence[BrokenImage], total: int) -> str:
+    """The first five by name, with what is wrong with them."""
+    names = "; ".join(f"{one.name} ({one.reason})" for one in examples[:5])
+    return names + ("; ..." if total > 5 else "")
 
 
 def iter_images(images: Any) -> Iterator[Image.Image]:
@@ -80,66 +212,55 @@ def iter_images(images: Any) -> Iterator[Image.Image]:
     Raises:
         ImagesError: there is no image at all, or none that can be read.
     """
-    read, broken = 0, []
-    for item in _items(images):
-        try:
-            image = _open(item)
-        except OSError as problem:
-            broken.append(f"{item if isinstance(item, str | Path) else type(item).__name__} ({problem})")
-            continue
-        read += 1
-        yield image
-    if not read:
-        raise ImagesError(
-            f"none of the {len(broken)} images can be read: {'; '.join(broken[:5])}" if broken else "no images"
-        )
-    if broken:
-        names = "; ".join(broken[:5]) + ("; ..." if len(broken) > 5 else "")
-        message = f"skipped {len(broken)} of {len(broken) + read} images that cannot be read: {names}"
-        warnings.warn(message, UnreadableImageWarning, stacklevel=2)
+    seen, broken = 0, list[BrokenImage]()
+    for item in iter_items(find_source(images)):
+        picture = _attempt(item)
+        seen += 1
+        if isinstance(picture, BrokenImage):
+            broken.append(picture)
+        else:
+            yield picture
+    judge(seen, len(broken), broken)
 
 
 def count_images(images: Any) -> int:
     """How many images there are, readable or not."""
-    items = _items(images)
-    if not isinstance(items, Sequence) and not hasattr(items, "__len__"):
-        raise ImagesError(f"the number of images in a {type(items).__name__} is not known: give a list or a folder")
-    if _holds_inputs(items):
-        return sum(len(next(batch[name] for name in (*PIXELS, *VIDEOS) if name in batch)) for batch in items)
-    return len(items)
-
-
-def _holds_inputs(items: Any) -> bool:
-    return isinstance(items, Sequence) and len(items) > 0 and _is_inputs(items[0])
-
-
-def _is_inputs(item: Any) -> bool:
-    return isinstance(item, Mapping) and any(name in item for name in (*PIXELS, *VIDEOS))
+    source = find_source(images)
+    if isinstance(source, Once | HubStream | Shards):
+        raise ImagesError(f"the number of images in a {type(images).__name__} is not known: give a list or a folder")
+    return len(source)
 
 
 def iter_inputs(images: Any, processor: Any, batch_size: int) -> Iterator[Inputs]:
     """Batches of model inputs: the images processed, or the batches given passed through (these need no processor).
 
+    Images that cannot be read are skipped; an `UnreadableImageWarning` at the end counts and names them.
+
     Raises:
         ImagesError: images were given without a processor, or none can be read.
     """
-    items = iter(_items(images))
-    first: Any = next(items, None)
-    if _is_inputs(first):
-        yield first
-        yield from items
+    source = find_source(images)
+    if isinstance(source, Batches):
+        yield from source.batches
         return
+    items = iter_items(source)
+    first = next(items, None)
+    if first is not None and is_inputs(first.content):  # out of an iterator
+        yield first.content
+        yield from (item.content for item in items)
+        return
+    items = chain(() if first is None else (first,), items)
     if processor is None:
-        raise ImagesError("images need a processor=...: the model's AutoProcessor. Only batches of model inputs do not.")
-    prepare = getattr(processor, "image_processor", processor)
-    batch: list[Image.Image] = []
-    for image in iter_images(chain(() if first is None else (first,), items)):
-        batch.append(image)
-        if len(batch) == batch_size:
-            yield prepare(images=batch, return_tensors="pt")
-            batch = []
-    if batch:
-        yield prepare(images=batch, return_tensors="pt")
+        raise ImagesError(NEEDS_PROCESSOR)
+    prepare = Prepare(processor)
+    seen, broken = 0, list[BrokenImage]()
+    while chunk := list(islice(items, batch_size)):
+        batch = prepare(chunk)
+        seen += len(batch)
+        broken += batch.broken
+        if batch.inputs is not None:
+            yield batch.inputs
+    judge(seen, len(broken), broken)
 
 
 def to_device(inputs: Inputs, like: Tensor) -> dict[str, Any]:

@@ -48,20 +48,30 @@ def read_tokens(
     root = unwrap(model)
     hook_point.module(root)  # a hook point of another model fails here, before anything is run
     for inputs in iter_inputs(images, processor, batch_size if hook_point.layout.fixed else 1):
-        chosen = select(as_tokens(_read_batch(root, inputs, hook_point), hook_point), hook_point.layout, tokens)
-        if not hook_point.layout.fixed:
-            chosen = rearrange(chosen, "units tokens d -> 1 (units tokens) d")
-        if not torch.isfinite(chosen).all():
-            bad = int((~torch.isfinite(chosen)).any(-1).sum())
-            raise NonFiniteActivationsError(
-                f"{bad} of {chosen.shape[0] * chosen.shape[1]} rows at {hook_point.path} hold NaN or infinity. "
-                f"The model runs in {chosen.dtype}: look for damaged weights, or load it in bfloat16 or float32."
-            )
-        yield chosen
+        yield read_batch(root, inputs, hook_point, tokens=tokens)
+
+
+def read_batch(
+    root: nn.Module, inputs: Inputs, hook_point: HookPoint, *, tokens: ReadTokens
+) -> Float[Tensor, "batch chosen d_in"]:
+    """The chosen tokens of one batch of model inputs; where images have any number of tokens, all in one row of the batch.
+
+    Raises as `read_tokens` does.
+    """
+    chosen = select(as_tokens(_output(root, inputs, hook_point), hook_point), hook_point.layout, tokens)
+    if not hook_point.layout.fixed:
+        chosen = rearrange(chosen, "units tokens d -> 1 (units tokens) d")
+    if not torch.isfinite(chosen).all():
+        bad = int((~torch.isfinite(chosen)).any(-1).sum())
+        raise NonFiniteActivationsError(
+            f"{bad} of {chosen.shape[0] * chosen.shape[1]} rows at {hook_point.path} hold NaN or infinity. "
+            f"The model runs in {chosen.dtype}: look for damaged weights, or load it in bfloat16 or float32."
+        )
+    return chosen
 
 
 @torch.no_grad()
-def _read_batch(root: nn.Module, inputs: Inputs, hook_point: HookPoint) -> Any:
+def _output(root: nn.Module, inputs: Inputs, hook_point: HookPoint) -> Any:
     """What the block gives for one batch. nnsight leaves `forward` and `__nnsight__` in every module it has wrapped."""
     from nnsight import NNsight
 

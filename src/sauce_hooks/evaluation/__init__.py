@@ -1,6 +1,8 @@
 """Room 6: probes, judges, metrics, baselines. A model and an eraser go in, a table comes out."""
 
 from sauce_hooks.evaluation.answers import Answer, ask, prepare
+from sauce_hooks.evaluation.describe import describe_sae
+from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, loss_added, own_answers, prepare_answers
 from sauce_hooks.evaluation.metrics import METRICS, Rate
 from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording, mentions
 from sauce_hooks.evaluation.results import ORIGINAL, Results
@@ -10,6 +12,8 @@ __all__ = [
     "METRICS",
     "ORIGINAL",
     "Answer",
+    "Answered",
+    "AnsweredBatch",
     "Method",
     "Probe",
     "ProbeSet",
@@ -18,7 +22,11 @@ __all__ = [
     "Results",
     "Wording",
     "ask",
+    "describe_sae",
     "evaluate",
+    "loss_added",
     "mentions",
+    "own_answers",
     "prepare",
+    "prepare_answers",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,8 +30,14 @@ class TokenPolicy:
     """Tokens the SAE is trained on and the concepts' statistics are taken from."""
     edit: EditTokens = "patches"
     """Tokens an eraser edits."""
+    per_image: int | None = None
+    """Train on so many random ones of an image's `read` tokens, other ones for each image; None: on all of them."""
 
     def __post_init__(self) -> None:
+        if self.per_image is not None and self.per_image < 1:
+            raise TokenPolicyError(
+                f"per_image is {self.per_image}: train on at least one token of an image, or None for all"
+            )
         if self.read not in get_args(ReadTokens) or self.edit not in get_args(EditTokens):
             raise TokenPolicyError(
                 f"unknown token policy {self}: read is one of {get_args(ReadTokens)}, edit one of {get_args(EditTokens)}"
@@ -103,6 +110,20 @@ def select(
     """The chosen tokens of every unit."""
     chosen = positions(layout, tokens, acts_utd.shape[1])
     return acts_utd[:, chosen.start : chosen.stop] if isinstance(chosen, range) else acts_utd[:, chosen]
+
+
+def draw(acts_btd: Float[Tensor, "batch tokens d"], n: int, generator: torch.Generator) -> Float[Tensor, "batch drawn d"]:
+    """`n` random tokens of each image, in their order, none twice; all of them where there are no more than `n`.
+
+    Args:
+        acts_btd: the tokens of some images.
+        n: how many of each.
+        generator: a generator of the CPU; it alone decides, whatever device the activations are on.
+    """
+    if acts_btd.shape[1] <= n:
+        return acts_btd
+    chosen = torch.rand(acts_btd.shape[:2], generator=generator).topk(n, dim=1).indices.sort(dim=1).values
+    return acts_btd.gather(1, chosen.to(acts_btd.device)[:, :, None].expand(-1, -1, acts_btd.shape[2]))
 
 
 def tokens_per_image(model: nn.Module, hook_point: HookPoint, tokens: ReadTokens) -> int | None:

@@ -9,6 +9,7 @@ from sauce_hooks.report.content import (
     FeatureCard,
     YesNo,
 )
+from sauce_hooks.report.features import render_features, write_features
 from sauce_hooks.report.figures import Figure, MetricRow, metric_rows
 from sauce_hooks.report.page import render_page, write_page
 from sauce_hooks.report.pictures import mark_patch, overlay_change, png_data_uri
@@ -30,7 +31,9 @@ __all__ = [
     "metric_rows",
     "overlay_change",
     "png_data_uri",
+    "render_features",
     "render_page",
     "tidy",
+    "write_features",
     "write_page",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from itertools import islice
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,56 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sauce_hooks.activations import count_images, read_activations, shuffled_batches
-from sauce_hooks.errors import ImagesError, PresetError, SAEFileError
-from sauce_hooks.hookpoint import HookPoint, TokenPolicy, default_policy, find_hook_point, tokens_per_image
+from sauce_hooks.activations import (
+    ActivationCache,
+    CacheRecord,
+    ImageLoader,
+    MemoryStore,
+    RowStream,
+    SharedStore,
+    ShuffleBuffer,
+    Store,
+    World,
+)
+from sauce_hooks.errors import ImagesError, PresetError
+from sauce_hooks.hookpoint import HookPoint, TokenPolicy, default_policy, find_hook_point
+from sauce_hooks.sae.checkpoint import TrainingFolder
+from sauce_hooks.sae.feed import Feed
+from sauce_hooks.sae.inference import build, for_inference
 from sauce_hooks.sae.initialization import center
+from sauce_hooks.sae.journal import Journal, check_trackers
+from sauce_hooks.sae.loop import Schedule, Training
+from sauce_hooks.sae.parallel import check_divides
 from sauce_hooks.sae.presets import PRESETS, Preset
 from sauce_hooks.sae.statistics import feature_stats
 from sauce_hooks.sae.vision_sae import VisionSAE
 
 if TYPE_CHECKING:
-    from sae_lens import SAE, TrainingSAE
+    from sae_lens.training.sae_trainer import SAETrainer
 
-_CENTER_ROWS = 16_384
-"""Rows the decoder bias is initialised from."""
+_SAMPLE_ROWS = 16_384
+"""Rows that the decoder bias is initialised from, and that an epoch's number of rows is judged by."""
+_SAMPLE_PER_IMAGE = 16
+"""Of which no image gives many more than so many, so that they are of a thousand images at least."""
 _STATS_ROWS = 131_072
 """Rows the feature statistics are taken from."""
+_VALIDATION_ROWS = 16_384
+"""Rows of other images that the SAE is tested on while it trains."""
 _BUFFER_BATCHES = 32
 """Optimiser batches that the shuffle buffer holds."""
-_KEEP_BYTES = 2 * 2**30
-"""Rows of at most this size are read once and kept in memory for the later epochs."""
-_CHECKPOINT = "training"
+_MOST_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the first rows tell about all of them."""
+
+    rows_per_image: float
+    n_rows: int
+    """Of an epoch."""
+    in_memory: bool
+    scale: float
+    """Rows are multiplied by this before training, and the SAE's weights take it up afterwards."""
 
 
 def train_sae(
@@ -47,235 +78,308 @@ def train_sae(
     tokens: TokenPolicy | None = None,
     out: str | Path | None = None,
     resume: bool = False,
-    checkpoint_every: int = 1_000,
+    cache: str | Path | None = None,
+    keep_in_memory: int = 2 * 2**30,
+    validation: Any = None,
+    n_images: int | None = None,
+    max_broken: float = 0.05,
+    workers: int | None = None,
     image_batch_size: int = 64,
+    checkpoint_every: int = 1_000,
+    log_every: int = 50,
+    log_to: Sequence[str] = (),
+    autocast: bool | None = None,
+    compile_step: bool = False,
     seed: int = 0,
     progress: bool = True,
     **changes: Any,
 ) -> VisionSAE:
     """Train a sparse autoencoder on one block of a vision tower, with SAE-Lens's `SAETrainer`.
 
-    The language model never runs and the tower stops at the hooked block. Rows stream through a shuffle buffer and
-    are kept in memory for the later epochs if they fit in 2 GiB; nothing is stored on disk but checkpoints.
+    The language model never runs and the tower stops at the hooked block. Images are decoded in worker processes, their
+    rows go through a shuffle buffer on the model's device. The first epoch's rows are kept in memory if they are few
+    enough, on disk if there is a `cache`, and otherwise read anew in every epoch.
+
+    Started by `accelerate launch` or `torchrun`, all processes train one SAE: each reads a part of the images and takes its
+    part of every batch, and the loss is that of one process with the same batch size.
 
     Args:
         model: the vision-language model; left exactly as it was.
-        images: a folder, paths, PIL images, a Hugging Face dataset, or a list of batches of model inputs. Read once an
-            epoch, so no one-shot iterator.
+        images: a folder, paths, PIL images, a Hugging Face dataset (streaming too), WebDataset shards, or a list of batches
+            of model inputs. Read once an epoch, so no one-shot iterator.
         processor: the model's processor.
         preset: a name in `PRESETS` ("sauce": the paper's; "batchtopk": a better modern one) or a `Preset`.
         hook_point: where; the penultimate block by default.
         tokens: which tokens it is trained on and an eraser will edit; the preset's by default.
-        out: a folder to save to; checkpoints lie in it until training is done.
-        resume: go on from the checkpoint in `out`, if there is one. The result is that of an unbroken run: what was
-            already trained on is read again, in the same order, and skipped.
-        checkpoint_every: steps between checkpoints.
+        out: a folder to save to. `training/` in it holds settings, metrics, names of broken images; checkpoints until done.
+        resume: go on from the checkpoint in `out`, if there is one: on a CPU the result is bit for bit that of an unbroken
+            run. A training that is finished is loaded.
+        cache: a folder for the rows, in bfloat16 (docs/cache.md); what an earlier training has put there is used.
+        keep_in_memory: bytes of rows (4 d_in a row) that may be kept on the model's device instead of being read again.
+        validation: other images, which metrics are also measured on.
+        n_images: use so many of the images in an epoch; needed for a stream that does not say how many it has.
+        max_broken: the share of images that cannot be read which ends the training.
+        workers: processes that decode images; by default as many as there are cores to spare for files, else none.
         image_batch_size: images a forward of the tower.
-        seed: decides initial weights and the order of rows.
+        checkpoint_every: steps between checkpoints.
+        log_every: steps between metrics. Only then is anything read back from the device.
+        log_to: dashboards for them, "tensorboard" or "wandb", besides `training/metrics.jsonl`.
+        autocast: train in bfloat16 where that is safe (float32 weights); by default on CUDA.
+        compile_step: compile the SAE's forward pass with `torch.compile`.
+        seed: decides initial weights and the order of images and rows.
         progress: show a progress bar.
         **changes: fields of `Preset` to change, for example `expansion=8, epochs=1`.
 
     Raises:
-        ImagesError: no readable image.
+        ImagesError: no readable image, too many broken ones, or fewer rows than a batch.
+        PresetError: an unknown preset or dashboard.
+        ResumeError: settings, model or data are not those of the training to go on with; says which.
+        ActivationCacheError: the cache is of another model, layer, choice of tokens or data; says which.
         NonFiniteActivationsError: NaN or infinity in an activation.
+        DivergedError: NaN or infinity in the loss; the last good checkpoint is kept.
+        KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint.
     """
-    if isinstance(preset, str) and preset not in PRESETS:
-        raise PresetError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}. Or give a sauce_hooks.sae.Preset.")
-    recipe = replace(PRESETS[preset] if isinstance(preset, str) else preset, **changes)
+    recipe = _recipe(preset, changes)
     hook_point = hook_point or find_hook_point(model)
     tokens = tokens or replace(recipe.tokens, edit=default_policy(hook_point).edit)
-    if isinstance(images, Iterator):
-        raise ImagesError("train_sae reads the images more than once, so a one-shot iterator will not do: give a list")
-    if out is not None and not resume and (Path(out) / _CHECKPOINT).exists():
-        raise SAEFileError(f"{out} holds an unfinished training: resume=True goes on with it; or remove the folder")
+    world = World.current()
+    check_divides(recipe.batch_size, world)
+    check_trackers(log_to)
+    device = next(model.parameters()).device
+    folder = TrainingFolder(out) if out is not None else None
+    fixed = hook_point.layout.fixed
 
-    def read() -> Iterator[Float[Tensor, "n d_in"]]:
-        chunks = read_activations(
-            model, images, hook_point, tokens=tokens.read, processor=processor, batch_size=image_batch_size
-        )
-        return (chunk.float() for chunk in chunks)
+    def loader_of(data: Any, **options: Any) -> ImageLoader:
+        return ImageLoader(data, processor, batch_size=image_batch_size if fixed else 1, **options)
 
-    with warnings.catch_warnings():
+    loader = loader_of(
+        images,
+        shuffle=True,
+        seed=seed,
+        n_images=n_images,
+        max_broken=max_broken,
+        workers=_workers(images) if workers is None else workers,
+        rank=world.rank,
+        world=world.size,
+        log=folder.path / "broken_images.jsonl" if folder is not None else None,
+    )
+    if loader.n_images is None:
+        raise ImagesError("the images do not say how many they are: give n_images=..., the number that makes an epoch")
+    settings: dict[str, Any] = {
+        "preset": asdict(recipe) | {"options": dict(recipe.options), "tokens": asdict(tokens)},
+        "hook_point": hook_point.to_dict(),
+        "tower": hook_point.record(model).to_dict(),
+        "data": {"fingerprint": loader.fingerprint, "n_images": loader.n_images, "processor": _hash(processor)},
+        "image_batch_size": image_batch_size,
+        "seed": seed,
+        "autocast": _autocast(autocast, device),
+        "processes": world.size,
+        "dtype": str(next(model.parameters()).dtype),
+    }
+    if folder is not None and resume and folder.is_finished:
+        folder.check(settings)
+        return VisionSAE.load(folder.out)
+    checkpoint = _open(folder, settings, resume, world)
+    with _leaving_nothing(folder), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("once")
-        per_image = tokens_per_image(model, hook_point, tokens.read)
-        # Where images have any number of tokens, only reading them tells how many rows there are.
-        n_rows = sum(map(len, read())) if per_image is None else count_images(images) * per_image
-        rows = _Kept(read) if n_rows * hook_point.d_in * 4 <= _KEEP_BYTES else read
-        sample = torch.cat(list(_take(rows(), _CENTER_ROWS)))
-        with _seeded(seed):
-            sae = _build(recipe, hook_point.d_in)
-        scale = hook_point.d_in**0.5 / float(sample.norm(dim=1).mean()) if recipe.normalize else 1.0
-        sae.b_dec.data.copy_(scale * center(sample, recipe.b_dec_init))
-        device = next(model.parameters()).device
+        torch.manual_seed(seed)
+        disk = _open_cache(cache, settings, world, device)
+        stream = RowStream(model, loader, hook_point, tokens, seed=seed, store=disk or MemoryStore(), world=world)
+        plan = _load_plan(checkpoint)
+        sae = build(recipe, hook_point.d_in)
+        if plan is None:
+            plan, center_d = _look(stream, recipe, hook_point.d_in, loader.n_images, keep_in_memory)
+            sae.b_dec.data.copy_(center_d)
+        if disk is None and not plan.in_memory:
+            stream.store = None
         sae.to(device)
-        folder = Path(out) if out is not None else None
-        _fit(sae, recipe, rows, scale, n_rows, seed, folder, checkpoint_every, progress)
-        trained = VisionSAE(_for_inference(sae, scale), hook_point, tokens, tower=hook_point.record(model))
-        trained.stats = feature_stats(trained.sae, _take(rows(), _STATS_ROWS))
+        trainer = _trainer(sae, recipe, plan, world, settings["autocast"])
+        if compile_step:
+            sae.training_forward_pass = torch.compile(sae.training_forward_pass)
+        buffer = ShuffleBuffer(
+            batch_size=recipe.batch_size,
+            capacity=min(plan.n_rows, _BUFFER_BATCHES * recipe.batch_size),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        steps = plan.n_rows * recipe.epochs // recipe.batch_size
+        training = Training(
+            trainer,
+            Feed(stream, buffer, recipe.epochs),
+            Schedule(steps, checkpoint_every, log_every, recipe.resample_every),
+            seed=seed,
+            folder=folder,
+            world=world,
+            validation_nd=None
+            if validation is None
+            else _first_rows(RowStream(model, loader_of(validation), hook_point, tokens), _VALIDATION_ROWS),
+        )
+        training.plan = asdict(plan)
+        if checkpoint is not None:
+            training.load(checkpoint)
+        done = trainer.n_training_steps
+        where = folder.path if folder is not None and world.is_first else None
+        journal = Journal(
+            where,
+            steps=steps,
+            done=done,
+            log_to=log_to if world.is_first else (),
+            settings=settings,
+            show=progress and world.is_first,
+        )
+        with journal:
+            training.run(journal, lambda: stream.n_images)
+        if trainer.n_training_steps == 0:
+            raise ImagesError(
+                f"{plan.n_rows} rows an epoch over {recipe.epochs} epochs make no batch of {recipe.batch_size}: "
+                "give more images, or a smaller batch_size"
+            )
+        stream.position()  # a store keeps what was read, also where the steps ended before the data
+        training.finish()
+        trained = VisionSAE(for_inference(sae, plan.scale), hook_point, tokens, tower=hook_point.record(model))
+        trained.stats = feature_stats(trained.sae, _take((c.rows_nd.float() for c in stream.epoch(0)), _STATS_ROWS))
     trained.sae.cfg.metadata.hook_name = hook_point.path
-    if out is not None:
-        trained.save(out)
-        shutil.rmtree(Path(out) / _CHECKPOINT, ignore_errors=True)
+    if folder is not None:
+        if world.is_first:
+            trained.save(folder.out)
+            folder.finish()
+        world.wait()
     return trained
 
 
-def _take(chunks: Iterable[Tensor], n: int) -> Iterator[Tensor]:
+def _recipe(preset: str | Preset, changes: dict[str, Any]) -> Preset:
+    if isinstance(preset, str) and preset not in PRESETS:
+        raise PresetError(f"unknown preset {preset!r}; known: {', '.join(PRESETS)}. Or give a sauce_hooks.sae.Preset.")
+    known = Preset.__dataclass_fields__
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise PresetError(f"train_sae has no option {', '.join(unknown)}, nor has Preset; a Preset's are {', '.join(known)}")
+    return replace(PRESETS[preset] if isinstance(preset, str) else preset, **changes)
+
+
+def _workers(images: Any) -> int:
+    """Processes that decode: files need them, and one core is for the tower."""
+    return min(_MOST_WORKERS, (os.cpu_count() or 1) - 1) if isinstance(images, str | Path) else 0
+
+
+def _autocast(wanted: bool | None, device: torch.device) -> bool:
+    return device.type == "cuda" if wanted is None else wanted
+
+
+def _hash(processor: Any) -> str | None:
+    """What a processor does to an image, in short."""
+    prepare = getattr(processor, "image_processor", processor)
+    if prepare is None:
+        return None
+    described = prepare.to_dict() if hasattr(prepare, "to_dict") else repr(type(prepare))
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _open(folder: TrainingFolder | None, settings: dict[str, Any], resume: bool, world: World) -> Path | None:
+    """The checkpoint to go on from; the first process alone writes."""
+    if folder is None:
+        return None
+    if world.is_first:
+        folder.open(settings, resume=resume)
+    world.wait()
+    return folder.latest()
+
+
+@contextmanager
+def _leaving_nothing(folder: TrainingFolder | None) -> Generator[None]:
+    """What fails before the first checkpoint leaves no folder that looks like a training."""
+    try:
+        yield
+    except BaseException:
+        if folder is not None:
+            folder.abandon()
+        raise
+
+
+def _open_cache(cache: str | Path | None, settings: dict[str, Any], world: World, device: torch.device) -> Store | None:
+    if cache is None:
+        return None
+    data = settings["data"]
+    tokens = settings["preset"]["tokens"]
+    record = CacheRecord(
+        hook_point=settings["hook_point"],
+        tower=settings["tower"],
+        tokens={"read": tokens["read"], "per_image": tokens["per_image"]}
+        | ({} if tokens["per_image"] is None else {"seed": settings["seed"]}),
+        data=data["fingerprint"],
+        n_images=data["n_images"],
+        processor=data["processor"],
+        dtype=settings["dtype"],
+        order={name: settings[name] for name in ("seed", "image_batch_size", "processes")},
+    )
+    store = ActivationCache.open(cache, record) if world.is_first else None
+    return store if world.size == 1 else SharedStore(store, world, d_in=record.d_in, device=device)
+
+
+def _look(
+    stream: RowStream, recipe: Preset, d_in: int, n_images: int, keep_in_memory: int
+) -> tuple[_Plan, Float[Tensor, " d_in"]]:
+    """The plan, and where the decoder bias starts, from the first rows of the first epoch."""
+    taken: list[Tensor] = []
+    rows = images = 0
+    for chunk in stream.epoch(0):
+        n = int(chunk.images_n.unique().numel())
+        rows, images = rows + len(chunk.rows_nd), images + n
+        if n:
+            taken.append(chunk.rows_nd[:: max(1, len(chunk.rows_nd) // (n * _SAMPLE_PER_IMAGE))].float())
+        if sum(map(len, taken)) >= _SAMPLE_ROWS:
+            break
+    stream.position()  # a store keeps what was read
+    sample = torch.cat(taken)
+    scale = d_in**0.5 / float(sample.norm(dim=1).mean()) if recipe.normalize else 1.0
+    n_rows = round(n_images * rows / images)
+    plan = _Plan(
+        rows_per_image=rows / images,
+        n_rows=n_rows,
+        in_memory=n_rows * d_in * 4 <= keep_in_memory and recipe.epochs > 1,
+        scale=scale,
+    )
+    return plan, scale * center(sample, recipe.b_dec_init)
+
+
+def _load_plan(checkpoint: Path | None) -> _Plan | None:
+    if checkpoint is None:
+        return None
+    return _Plan(**torch.load(checkpoint / "state.pt", weights_only=True)["plan"])
+
+
+def _trainer(sae: Any, recipe: Preset, plan: _Plan, world: World, autocast: bool) -> SAETrainer[Any, Any]:
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    from sauce_hooks.sae.fast_l1 import use_fused_adam
+
+    steps = max(1, plan.n_rows * recipe.epochs // recipe.batch_size)
+    own = check_divides(recipe.batch_size, world)
+    config = SAETrainerConfig(
+        total_training_samples=steps * own,
+        train_batch_size_samples=own,
+        lr=recipe.lr,
+        lr_end=recipe.lr / 10,
+        lr_warm_up_steps=min(recipe.lr_warm_up_steps, steps // 10),
+        lr_decay_steps=int(recipe.lr_decay_share * steps),
+        dead_feature_window=recipe.dead_after,
+        device=str(sae.device),
+        autocast=autocast,
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
+    trainer.activation_scaler.scaling_factor = plan.scale
+    use_fused_adam(trainer)
+    return trainer
+
+
+def _first_rows(stream: RowStream, n: int) -> Float[Tensor, "_ d_in"]:
+    return torch.cat(list(_take((chunk.rows_nd.float() for chunk in stream.epoch(0)), n)))
+
+
+def _take(chunks: Iterator[Float[Tensor, "_ d"]], n: int) -> Iterator[Float[Tensor, "_ d"]]:
     for chunk in chunks:
         yield chunk[:n]
         n -= len(chunk)
         if n <= 0:
             return
-
-
-class _Kept:
-    """Rows that are read once and then remembered, for data that fits in memory."""
-
-    def __init__(self, read: Callable[[], Iterator[Tensor]]) -> None:
-        self._read = read
-        self._chunks: list[Tensor] | None = None
-
-    def __call__(self) -> Iterator[Tensor]:
-        if self._chunks is not None:
-            yield from self._chunks
-            return
-        chunks: list[Tensor] = []
-        for chunk in self._read():
-            chunks.append(chunk)
-            yield chunk
-        self._chunks = chunks  # only a pass that came to its end has seen everything
-
-
-class _seeded:
-    """Runs a block with a seed and gives the global random state back."""
-
-    def __init__(self, seed: int) -> None:
-        self._fork = torch.random.fork_rng(devices=[])
-        self._seed = seed
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(self._seed)
-
-    def __exit__(self, *exc: Any) -> None:
-        self._fork.__exit__(*exc)
-
-
-def _build(recipe: Preset, d_in: int) -> TrainingSAE[Any]:
-    if recipe.architecture == "sauce":
-        from sauce_hooks.sae.objective import SauceTrainingSAE, SauceTrainingSAEConfig
-
-        return SauceTrainingSAE(SauceTrainingSAEConfig(d_in=d_in, d_sae=d_in * recipe.expansion, **recipe.options))
-    if recipe.architecture == "standard":
-        from sae_lens import StandardTrainingSAEConfig
-
-        from sauce_hooks.sae.fast_l1 import FastL1TrainingSAE
-
-        return FastL1TrainingSAE(StandardTrainingSAEConfig(d_in=d_in, d_sae=d_in * recipe.expansion, **recipe.options))
-    from sae_lens.registry import get_sae_training_class
-
-    sae_class, config_class = get_sae_training_class(recipe.architecture)
-    return sae_class(config_class(d_in=d_in, d_sae=d_in * recipe.expansion, **recipe.options))
-
-
-def _for_inference(trained: TrainingSAE[Any], scale: float) -> SAE[Any]:
-    """SAE-Lens's inference class with the trained weights, through its own saving (BatchTopK becomes JumpReLU there).
-
-    The scale is folded in afterwards: folded into a BatchTopK training SAE, SAE-Lens would rescale the weights but not the
-    threshold. Decoder rows come out at norm one, so that activations are in the units of the residual stream.
-    """
-    import tempfile
-
-    from sae_lens import SAE
-
-    with tempfile.TemporaryDirectory() as scratch:
-        trained.save_inference_model(scratch)
-        sae = SAE.load_from_disk(scratch, device=str(trained.device)).eval()
-    sae.fold_activation_norm_scaling_factor(scale)
-    if sae.cfg.architecture() in ("standard", "jumprelu"):
-        sae.fold_W_dec_norm()
-    return sae
-
-
-def _fit(
-    sae: TrainingSAE[Any],
-    recipe: Preset,
-    rows: Callable[[], Iterator[Tensor]],
-    scale: float,
-    n_rows: int,
-    seed: int,
-    out: Path | None,
-    checkpoint_every: int,
-    progress: bool,
-) -> None:
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
-    from tqdm.auto import tqdm
-
-    from sauce_hooks.sae.fast_l1 import use_fused_adam
-
-    total = n_rows * recipe.epochs
-    steps = max(1, total // recipe.batch_size)
-
-    def batches() -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        chunks = (chunk for _ in range(recipe.epochs) for chunk in rows())
-        yield from shuffled_batches(
-            chunks,
-            batch_size=recipe.batch_size,
-            capacity=min(n_rows, _BUFFER_BATCHES * recipe.batch_size),
-            generator=generator,
-        )
-
-    # SAE-Lens's fit() ends with StopIteration on finite data and counts firing rates by the nominal batch size, so the
-    # loop is ours and every step of it is SAE-Lens's. The ragged last batch is left out.
-    config = SAETrainerConfig(
-        total_training_samples=total,
-        train_batch_size_samples=recipe.batch_size,
-        lr=recipe.lr,
-        lr_end=recipe.lr / 10,
-        lr_warm_up_steps=min(recipe.lr_warm_up_steps, steps // 10),
-        lr_decay_steps=int(recipe.lr_decay_share * steps),
-        device=str(sae.device),
-        logger=LoggingConfig(log_to_wandb=False),
-    )
-    data = (batch for batch in batches() if len(batch) == recipe.batch_size)
-    trainer = SAETrainer(cfg=config, sae=sae, data_provider=data)
-    trainer.activation_scaler.scaling_factor = scale
-    use_fused_adam(trainer)
-    done = _load_checkpoint(trainer, out)
-    with tqdm(total=steps, initial=done, desc="train SAE", unit="step", disable=not progress) as bar:
-        for batch in islice(data, done, None):
-            trainer.maybe_reset_sparsity()
-            trainer.step(batch)
-            trainer.n_training_steps += 1
-            bar.update()
-            if out is not None and trainer.n_training_steps % checkpoint_every == 0:
-                _save_checkpoint(trainer, out)
-    if trainer.n_training_steps == 0:
-        raise ImagesError(
-            f"{n_rows} rows an epoch over {recipe.epochs} epochs make no batch of {recipe.batch_size}: "
-            "give more images, or a smaller batch_size"
-        )
-    trainer.set_final_sae_metadata()
-
-
-def _save_checkpoint(trainer: Any, out: Path) -> None:
-    building, final = out / f"{_CHECKPOINT}.partial", out / _CHECKPOINT
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    trainer.save_trainer_state(building)
-    torch.save(trainer.sae.state_dict(), building / "sae.pt")
-    name = final / f"{trainer.n_training_steps:09}"
-    final.mkdir(exist_ok=True)
-    os.replace(building, name)
-    for old in sorted(final.iterdir())[:-1]:
-        shutil.rmtree(old)
-
-
-def _load_checkpoint(trainer: Any, out: Path | None) -> int:
-    saved = sorted((out / _CHECKPOINT).iterdir()) if out is not None and (out / _CHECKPOINT).exists() else []
-    if not saved:
-        return 0
-    trainer.sae.load_state_dict(torch.load(saved[-1] / "sae.pt", weights_only=True))
-    trainer.load_trainer_state(saved[-1])
-    return int(trainer.n_training_steps)

@@ -29,21 +29,61 @@ from sauce_hooks.hookpoint import (
     find_towers,
     unwrap,
 )
+from sauce_hooks.sae.gallery import Gallery
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 FORMAT = 2
-_RECORD, _BANK, _STATS = "vision_sae.json", "concepts.json", "feature_stats.safetensors"
-_OURS = frozenset({_RECORD, _BANK, _STATS, "cfg.json", "sae_weights.safetensors"})
+_RECORD, _BANK, _STATS, _GALLERY = "vision_sae.json", "concepts.json", "feature_stats.safetensors", "gallery.safetensors"
+_OURS = frozenset({_RECORD, _BANK, _STATS, _GALLERY, "cfg.json", "sae_weights.safetensors"})
+
+
+DENSE_ABOVE = 0.1
+"""A feature that fires on a larger share of the rows than this is dense: it hardly tells one row from another."""
+
+
+@dataclass(frozen=True)
+class LossAdded:
+    """What the language model loses when the SAE's reconstructions take the place of activations.
+
+    Losses are mean cross-entropies of an answer's token, in nats; intervals are 95%, from resampling the images.
+    """
+
+    original: float
+    """Of the model as it is."""
+    reconstructed: float
+    """With reconstructions x̂ on the tokens that an eraser edits."""
+    ablated: float
+    """With the mean activation on all of these tokens: what a picture that says nothing costs."""
+    added_low: float
+    added_high: float
+    recovered_low: float
+    recovered_high: float
+    n_images: int
+    n_tokens: int
+    """Tokens of all answers."""
+    answers: str
+    """Whose answers, in words; losses on different answers must not be compared."""
+
+    @property
+    def added(self) -> float:
+        """Reconstructed − original."""
+        return self.reconstructed - self.original
+
+    @property
+    def recovered(self) -> float:
+        """Share of the loss of ablation that reconstructions save: 1 is as good as the activations themselves."""
+        gap = self.ablated - self.original
+        return (self.ablated - self.reconstructed) / gap if gap else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStats:
-    """How an SAE's features behave on training rows (the paper's Section 4.2)."""
+    """How an SAE's features behave on rows (the paper's Section 4.2)."""
 
     frequency_f: Float[Tensor, " d_sae"] = field(repr=False)
-    """Feature sparsity FS, Eq. 7: the share of rows on which each feature fires."""
+    """Feature sparsity FS, Eq. 7: the share of rows on which each feature fires (z ≠ 0)."""
     mean_when_active_f: Float[Tensor, " d_sae"] = field(repr=False)
     """FMAV, Eq. 8: each feature's mean activation over the rows on which it fires; 0 if it never does."""
     explained_variance: float
@@ -51,11 +91,20 @@ class FeatureStats:
     l0: float
     """Mean number of features that fire on a row."""
     n_rows: int
+    largest_f: Float[Tensor, " d_sae"] | None = field(default=None, repr=False)
+    """Each feature's largest activation, max |z|; None in files that do not hold it."""
+    loss_added: LossAdded | None = None
+    """None if it was not measured."""
 
     @property
     def dead_share(self) -> float:
         """Share of the features that never fired."""
         return float((self.frequency_f == 0).float().mean())
+
+    @property
+    def dense_share(self) -> float:
+        """Share of the features that fire on more than `DENSE_ABOVE` of the rows."""
+        return float((self.frequency_f > DENSE_ABOVE).float().mean())
 
 
 @dataclass
@@ -71,6 +120,9 @@ class VisionSAE:
     stats: FeatureStats | None = None
     tower: TowerRecord | None = None
     """The tower it was trained on, by which a wrong one is refused; None if nobody recorded it."""
+    gallery: Gallery | None = None
+    """The images that make its features fire most, as `describe_features` finds them. Saved and uploaded with the rest:
+    set it to None to keep the pictures to yourself."""
 
     def __post_init__(self) -> None:
         if self.d_in != self.hook_point.d_in:
@@ -183,9 +235,9 @@ class VisionSAE:
                 "tower": None if self.tower is None else self.tower.to_dict(),
             }
             if self.stats is not None:
-                tensors = {"frequency": self.stats.frequency_f, "mean_when_active": self.stats.mean_when_active_f}
-                save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, building / _STATS)
-                record["stats"] = {k: getattr(self.stats, k) for k in ("explained_variance", "l0", "n_rows")}
+                record["stats"] = _save_stats(self.stats, building / _STATS)
+            if self.gallery is not None:
+                self.gallery.save(building / _GALLERY)
             (building / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
             self.concepts.save(building / _BANK)
             _replace_folder(building, folder)
@@ -236,10 +288,8 @@ class VisionSAE:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 sae = SAE.load_from_disk(folder)
-            stats = None
-            if "stats" in record:
-                tensors = load_file(folder / _STATS)
-                stats = FeatureStats(tensors["frequency"], tensors["mean_when_active"], **record["stats"])
+            stats = _load_stats(record["stats"], folder / _STATS, int(sae.cfg.d_sae)) if "stats" in record else None
+            gallery = Gallery.load(folder / _GALLERY, int(sae.cfg.d_sae)) if (folder / _GALLERY).is_file() else None
             hook_point = HookPoint.from_dict(record["hook_point"])
             tokens = TokenPolicy(**record["tokens"])
             tower = None if record["tower"] is None else TowerRecord.from_dict(record["tower"])
@@ -247,7 +297,7 @@ class VisionSAE:
             if isinstance(problem, SAEFileError):
                 raise
             raise SAEFileError(f"{folder} is damaged or foreign: {problem!r}") from problem
-        return cls(sae.eval(), hook_point, tokens, ConceptBank.load(folder / _BANK), stats, tower)
+        return cls(sae.eval(), hook_point, tokens, ConceptBank.load(folder / _BANK), stats, tower, gallery)
 
     @classmethod
     def _load_foreign(
@@ -276,6 +326,33 @@ class VisionSAE:
             self.save(folder)
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(address)
+
+
+def _save_stats(stats: FeatureStats, path: Path) -> dict[str, Any]:
+    """Write the tensors; what remains is returned for the record."""
+    tensors = {"frequency": stats.frequency_f, "mean_when_active": stats.mean_when_active_f}
+    if stats.largest_f is not None:
+        tensors["largest"] = stats.largest_f
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+    record: dict[str, Any] = {k: getattr(stats, k) for k in ("explained_variance", "l0", "n_rows")}
+    if stats.loss_added is not None:
+        record["loss_added"] = asdict(stats.loss_added)
+    return record
+
+
+def _load_stats(record: dict[str, Any], path: Path, d_sae: int) -> FeatureStats:
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if tensor.shape != (d_sae,):
+            raise SAEFileError(f"{path}: {name} has shape {tuple(tensor.shape)}, and the SAE has {d_sae} features")
+    loss = record.get("loss_added")
+    return FeatureStats(
+        frequency_f=tensors["frequency"],
+        mean_when_active_f=tensors["mean_when_active"],
+        largest_f=tensors.get("largest"),
+        loss_added=None if loss is None else LossAdded(**loss),
+        **{name: value for name, value in record.items() if name != "loss_added"},
+    )
 
 
 def _replace_folder(new: Path, target: Path) -> None:
