@@ -12,13 +12,14 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 STAMPS := $(VENV)/.stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help demo table test families lint docs wheel-check clean distclean
+.PHONY: help demo table test families benchmarks lint docs wheel-check clean distclean
 
 help:
 	@echo "make demo         see a vision-language model forget a concept (sets up $(VENV) first)"
 	@echo "make test         the tests (sets up $(VENV) first)"
 	@echo "make table        the table of results in the README"
 	@echo "make families     measure every model family, write docs/families.md"
+	@echo "make benchmarks   every benchmark at a size that takes seconds: that they run, not how fast"
 	@echo "make lint         ruff, pyright (strict), import-linter"
 	@echo "make docs         the documentation, into site/"
 	@echo "make wheel-check  build the wheel, use it from a clean environment elsewhere"
@@ -59,6 +60,10 @@ test: $(STAMPS)/dev
 # The support table; a test compares it with what it measures.
 families: $(STAMPS)/dev
 	OMP_NUM_THREADS=1 $(PY) tests/support_table.py
+
+benchmarks: $(STAMPS)/dev
+	@set -e; for name in erasure training trainers pipeline; do \
+		echo "== benchmarks/$$name.py --small"; OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py --small >/dev/null; done
 
 lint: $(STAMPS)/dev
 	$(PY) -m ruff check .

@@ -230,6 +230,7 @@ def main(
     repeat: Annotated[int, typer.Option(help="How often each is in the data of the shorter whole run.")] = 16,
     workers: Annotated[int, typer.Option(help="Processes that decode.")] = max(1, (os.cpu_count() or 2) - 1),
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    image_batch: Annotated[int, typer.Option(help="Images a forward of the tower.")] = 128,
     rounds: Annotated[int, typer.Option(help="How often each stage runs.")] = 5,
     small: Annotated[bool, typer.Option(help="A smoke run; its numbers mean nothing.")] = False,
     stages_only: Annotated[bool, typer.Option("--stages-only", help="Leave the whole run out.")] = False,
@@ -239,7 +240,7 @@ def main(
     """Print the speed of every stage of a training, of the whole, and how long the paper's run would take so."""
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
-    sizes = SMALL if small else Sizes()
+    sizes = SMALL if small else Sizes(image_batch=image_batch, matrix=8192 if device == "cuda" else 2048)
     images, repeat = (64, 1) if small else (images, repeat)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     clock = Clock(device)
@@ -294,6 +295,8 @@ def main(
     # What n images more take is the speed; what is left of the shorter run is the start and the end.
     rates_of = {how: n / (longer - shorter) for how, (shorter, longer) in run.items()}
     minutes = {how: (PAPER_IMAGES / rates_of[how] + 2 * run[how][0] - run[how][1]) / 60 for how in run}
+    slowest = min(list(middle.values())[:2])
+    ideal = PAPER_IMAGES * (1 / slowest + 2 / list(middle.values())[3]) / 60
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     setting = (
         f"{name}, {torch.get_num_threads()} thread(s), {os.cpu_count()} cores, {workers} processes decoding; torch "
@@ -324,6 +327,16 @@ def main(
                     ("yes" if minutes[how] <= GOAL_MINUTES else "no") if device == "cuda" else "no GPU",
                 ]
                 for how in run
+            ]
+            + [
+                [
+                    "from the stages: one pass at the slower of the first two, SAE steps after it",
+                    "",
+                    "",
+                    "",
+                    f"{ideal:,.4g}",
+                    "",
+                ]
             ],
         ),
     ]

@@ -8,6 +8,7 @@ from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.sae import TrainStepInput
 from sae_lens.training.sae_trainer import SAETrainer
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sauce_hooks.sae import fast_l1
@@ -168,6 +169,91 @@ def test_a_batch_goes_the_sparse_way_when_few_features_are_active(monkeypatch):
         assert len(went) == expected
 
 
+# Under autocast. -----------------------------------------------------------------------------------------------------
+
+
+BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
+
+
+def measured(sae, x, low=False, around_backward=False):
+    """x̂, the losses and all gradients, in float64."""
+    with torch.autocast(**BF16, enabled=low):
+        output = forward(sae, x)
+        if around_backward:
+            output.loss.backward()
+    if not around_backward:
+        output.loss.backward()
+    values = {"x_hat": output.sae_out.detach(), **output.losses, **{n: p.grad for n, p in sae.named_parameters()}}
+    assert all(value.dtype == x.dtype for value in values.values())
+    return {name: value.detach().double() for name, value in values.items()}
+
+
+@pytest.mark.parametrize("around_backward", [False, True], ids=["forward", "forward and backward"])
+@given(seed=st.integers(0, 10_000), shift=st.sampled_from([0.0, -4.0]), subtract=st.booleans())
+@settings(max_examples=20)
+def test_autocast_costs_no_more_exactness_than_sae_lens_pays(around_backward, seed, shift, subtract):
+    sizes = {"seed": seed, "d_in": 32, "d_sae": 256, "shift": shift, "apply_b_dec_to_input": subtract}
+    exact = measured(build(StandardTrainingSAE, **sizes), data(64, 32, seed + 1))
+    x = data(64, 32, seed + 1, dtype=torch.float32)
+    theirs = measured(build(StandardTrainingSAE, dtype="float32", **sizes), x, True, around_backward)
+    ours = measured(build(FastL1TrainingSAE, dtype="float32", **sizes), x, True, around_backward)
+    for name, value in exact.items():
+        off, their_off = ((one[name] - value).norm() / value.norm() for one in (ours, theirs))
+        assert off < 1.5 * their_off + 3e-4, f"{name}: {off:.2g}, SAE-Lens {their_off:.2g}"
+
+
+def test_gradients_do_not_depend_on_whether_the_backward_pass_is_under_autocast_too():
+    x = data(64, 32, dtype=torch.float32)
+    out, inside = (
+        measured(build(FastL1TrainingSAE, d_in=32, d_sae=256, dtype="float32"), x, True, around) for around in (False, True)
+    )
+    assert all(torch.equal(out[name], inside[name]) for name in out)
+
+
+def test_autocast_leaves_double_precision_alone():
+    theirs, ours = build(StandardTrainingSAE), build(FastL1TrainingSAE)
+    with torch.autocast(**BF16):
+        assert_same_step(theirs, ours, data(5), rtol=1e-10, atol=1e-9)
+
+
+class Made(TorchDispatchMode):
+    """The dtypes of products, and of all tensors of so many entries."""
+
+    def __init__(self, entries):
+        super().__init__()
+        self.entries, self.products, self.large = entries, [], set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                self.products.append(out.dtype)
+            if out.numel() == self.entries:
+                self.large.add(out.dtype)
+        return out
+
+
+def test_under_autocast_all_products_and_all_that_is_as_large_as_z_are_low_precision():
+    x = data(50, dtype=torch.float32)
+    made = {}
+    for sae in (build(StandardTrainingSAE, dtype="float32"), build(FastL1TrainingSAE, dtype="float32")):
+        with Made(50 * 20) as made[type(sae)]:
+            measured(sae, x, True)
+    assert made[StandardTrainingSAE].products == [torch.bfloat16] * 6
+    assert torch.float32 in made[StandardTrainingSAE].large
+    assert made[FastL1TrainingSAE].products == [torch.bfloat16] * 5
+    assert made[FastL1TrainingSAE].large == {torch.bfloat16}
+
+
+def test_200_steps_under_autocast_give_sae_lens_curve():
+    curves = []
+    for sae_class in (TheirUnitRows, OurUnitRows):
+        sae = build(sae_class, d_in=16, d_sae=64, dtype="float32", shift=-6.0, l1_coefficient=0.3, l1_warm_up_steps=50)
+        curves.append(learn(trainer_of(sae, 32, fused=True, autocast=True), 16, 32, torch.float32))
+    assert curves[0][-10:].mean() < 0.5 * curves[0][:10].mean()
+    torch.testing.assert_close(*curves, rtol=2e-2, atol=0)
+
+
 # What it does not stand for. -----------------------------------------------------------------------------------------
 
 
@@ -210,12 +296,10 @@ def test_a_hook_of_sae_lens_is_heard():
     assert len(heard) == 1
 
 
-def test_another_loss_or_autocast_goes_sae_lens_way():
+def test_another_loss_goes_sae_lens_way():
     sae = build(FastL1TrainingSAE, dtype="float32")
     step = TrainStepInput(data(5, dtype=torch.float32), {"l1": 0.3}, None, 0, False)
     assert sae.is_covered(step)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not sae.is_covered(step)
     sae.mse_loss_fn = lambda out, x: (out - x).abs()
     assert not sae.is_covered(step)
 
@@ -240,7 +324,7 @@ class OurUnitRows(UnitRows, FastL1TrainingSAE):
     pass
 
 
-def trainer_of(sae, rows, fused=False):
+def trainer_of(sae, rows, fused=False, autocast=False):
     config = SAETrainerConfig(
         total_training_samples=200 * rows,
         train_batch_size_samples=rows,
@@ -251,6 +335,7 @@ def trainer_of(sae, rows, fused=False):
         dead_feature_window=20,
         feature_sampling_window=70,
         device=str(sae.device),
+        autocast=autocast,
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))

@@ -277,12 +277,12 @@ def test_shuffled_is_every_image_once_in_an_order_of_seed_and_epoch(n, batch_siz
 @pytest.mark.parametrize("kind", ["folder", "dataset"])
 def test_workers_change_nothing(home, kind):
     expected = summary(load(source(kind, home), shuffle=True).epoch(1))
-    for workers in (1, 3):
+    for workers in (1, 2):
         assert summary(load(source(kind, home), shuffle=True, workers=workers).epoch(1)) == expected
 
 
 @given(n=st.integers(1, 30), batch_size=st.integers(1, 5), world=st.integers(1, 4), shuffle=st.booleans())
-@settings(LIVE, max_examples=40)
+@settings(LIVE, max_examples=25)
 def test_the_processes_batches_are_those_of_one_process_dealt_in_turn(n, batch_size, world, shuffle):
     options = {"batch_size": batch_size, "shuffle": shuffle, "seed": 5}
     images = [picture(i) for i in range(n)]
@@ -294,8 +294,7 @@ def test_the_processes_batches_are_those_of_one_process_dealt_in_turn(n, batch_s
     assert all(batch == ([], [], []) for batch in dealt[len(one) :])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world, workers", [(1, 0), (1, 2), (2, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("kind", ["parquet stream", "shards"])
 def test_processes_and_workers_share_a_stream_out(home, kind, world, workers):
     found, numbers = [], []
@@ -371,7 +370,7 @@ def assert_goes_on(make, stops, epoch=1):
 
 
 @given(stop=st.integers(0, 30), shuffle=st.booleans(), world=st.integers(1, 3), n_images=st.sampled_from([None, 9]))
-@settings(LIVE, max_examples=25)
+@settings(LIVE, max_examples=12)
 @pytest.mark.parametrize("kind", ["folder", "dataset", "array"])
 def test_data_with_a_length_goes_on_anywhere(home, kind, stop, shuffle, world, n_images):
     data = source(kind, home)
@@ -418,7 +417,8 @@ def test_small_windows_go_on_too(home, monkeypatch):
 
 
 def test_a_stream_that_the_caller_shuffled_goes_on_exactly(home):
-    assert_goes_on(lambda: load(source("parquet stream", home).shuffle(seed=3, buffer_size=9)), range(7))
+    data = source("parquet stream", home).shuffle(seed=3, buffer_size=9, max_buffer_input_shards=1)
+    assert_goes_on(lambda: load(data), range(7))
 
 
 def test_data_with_a_length_goes_on_with_other_workers(home):
@@ -615,7 +615,9 @@ def test_a_shard_that_ends_too_early_is_named(home, tmp_path):
     with pytest.warns(UnreadableImageWarning, match=r"0\.tar: what follows its first \d images"):
         found = seen(loader)
     assert found[-5:] == [5, 6, 7, 8, 9] and found[:-5] == list(range(len(found) - 5))
-    assert_goes_on(lambda: load([tmp_path / "0.tar", home / "shards" / "1.tar"], max_broken=1), range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnreadableImageWarning)
+        assert_goes_on(lambda: load([tmp_path / "0.tar", home / "shards" / "1.tar"], max_broken=1), range(3))
 
 
 class Bomb:

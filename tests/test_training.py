@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sauce_hooks import TokenPolicy, VisionSAE, find_hook_point, train_sae
 from sauce_hooks.activations import ImageLoader, MemoryStore, RowStream, ShuffleBuffer
+from sauce_hooks.activations import stream as stream_module
 from sauce_hooks.errors import (
     ActivationCacheError,
     DivergedError,
@@ -585,3 +586,61 @@ def test_a_feed_can_be_gone_on_with_at_any_batch(cold, batch, capacity, epochs, 
     if stop:
         rest.load_state_dict(first.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(rest, whole[stop:], strict=True))
+
+
+# What else a user does. ----------------------------------------------------------------------------------------------
+
+
+def test_a_training_does_not_mind_that_gradients_are_off(cold):
+    whole = train(cold)
+    for off in (torch.no_grad, torch.inference_mode):
+        with off():
+            assert_same(train(cold), whole)
+
+
+def test_dead_features_are_restarted_when_asked(cold, tmp_path, monkeypatch):
+    options = {
+        "resample_every": 4,
+        "dead_after": 2,
+        "options": {"l1_coefficient": 3.0},
+        "tokens": TokenPolicy(),
+        "epochs": 1,
+    }
+    plain = train(cold, **{**options, "resample_every": 0})
+    whole = train(cold, **options)
+    assert whole.stats.dead_share < plain.stats.dead_share
+    with monkeypatch.context() as patched:
+        stop_after(patched, 30)
+        with pytest.raises(RuntimeError):
+            train(cold, out=tmp_path / "sae", checkpoint_every=10, **options)
+    assert_same(train(cold, out=tmp_path / "sae", resume=True, **options), whole)
+
+
+def test_a_cache_is_no_place_for_a_tower_with_adapters(cold, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(cold, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ActivationCacheError, match="adapters"):
+        train(adapted, cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_an_interrupted_training_began_is_used_by_the_next(cold, tmp_path, monkeypatch):
+    whole = train(cold, cache=tmp_path / "whole")
+    reads = []
+    real = stream_module.read_batch
+    monkeypatch.setattr(stream_module, "read_batch", lambda *a, **k: (reads.append(1), real(*a, **k))[1])
+    monkeypatch.setattr(stream_module, "_FLUSH_ROWS", 16)
+    monkeypatch.setattr(training_module, "_SAMPLE_ROWS", 8)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            stream_module, "read_batch", lambda *a, **k: 1 / 0 if len(reads) > 4 else (reads.append(1), real(*a, **k))[1]
+        )
+        with pytest.raises(ZeroDivisionError):
+            train(cold, cache=tmp_path / "cache")
+    assert len(reads) == 5
+    monkeypatch.setattr(training_module, "_SAMPLE_ROWS", 16_384)
+    assert_same(train(cold, cache=tmp_path / "cache"), whole)
+    assert len(reads) <= 5 + 8 - 4  # of 8 batches, four were safe
+    train(cold, cache=tmp_path / "cache", seed=5)  # complete: serves every seed, without the tower
+    assert len(reads) <= 9

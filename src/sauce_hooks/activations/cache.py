@@ -6,9 +6,10 @@ the loader stood then.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,6 +38,10 @@ __all__ = ["ActivationCache", "CacheRecord", "Chunk"]
 
 _WAIT_S = 10.0
 """The loader's processes may outlive a killed process by some seconds, and with them its lock."""
+_STRETCH = 262_144
+"""Rows, about, that are mixed when chunks are given shuffled; so that reading stays sequential on the whole."""
+_OPEN = 64
+"""Shards that are kept open: mapped into memory, so that they take none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +205,10 @@ class ActivationCache:
         Raises:
             ActivationCacheError: a file is damaged; found when it is come to, for the first time in this process.
         """
-        return self._read(((shard, range(shard.chunks)) for shard in self._manifest.shards), start)
+        return self._read(range(start, self.n_chunks))
 
     def shuffled(self, order_seed: int, start: int = 0) -> Iterator[Chunk]:
-        """Every chunk once: the shards in an order that the seed decides, and the chunks of each as well.
+        """Every chunk once, in an order that the seed decides: a stretch of chunks after another, those of each mixed.
 
         Args:
             order_seed: another one for every epoch.
@@ -215,8 +220,17 @@ class ActivationCache:
         if not self.complete:
             raise ActivationCacheError(f"{self.folder} is not complete: until then it is read in order, by chunks()")
         generator = torch.Generator().manual_seed(order_seed)
-        shards = [self._manifest.shards[i] for i in _permutation(len(self._manifest.shards), generator)]
-        return self._read(((shard, _permutation(shard.chunks, generator)) for shard in shards), start)
+        numbers = range(self.n_chunks)
+        first = next(self._read(numbers[:1]), None)
+        # Not the shards: where they end depends on when a training was interrupted, and the order must not.
+        length = max(1, _STRETCH // max(1, 0 if first is None else len(first.rows_nd)))
+        stretches = [numbers[i : i + length] for i in range(0, len(numbers), length)]
+        order = [
+            stretches[i][k]
+            for i in _permutation(len(stretches), generator)
+            for k in _permutation(len(stretches[i]), generator)
+        ]
+        return self._read(order[start:])
 
     def _must_be_filling(self) -> None:
         if self._lock is None:
@@ -237,18 +251,25 @@ class ActivationCache:
         self._unlisted += (write_shard(self.folder, number, content),)
         self._sizes, self._filled = [], 0
 
-    def _read(self, plan: Iterable[tuple[Shard, Sequence[int]]], start: int) -> Iterator[Chunk]:
-        """Chunks by shard and number in it; a shard is opened once, and not at all if all of it is left out."""
-        for shard, numbers in plan:
-            if start >= len(numbers):
-                start -= len(numbers)
-                continue
-            content = read_shard(self.folder, shard, self.record.d_in, check=shard.file not in self._checked)
-            self._checked.add(shard.file)
-            ends = list(itertools.accumulate(cast(list[int], content.chunk_sizes_m.tolist()), initial=0))
-            for i in numbers[start:]:
-                yield Chunk(content.rows_nd[ends[i] : ends[i + 1]], content.images_n[ends[i] : ends[i + 1]])
-            start = 0
+    def _read(self, numbers: Sequence[int]) -> Iterator[Chunk]:
+        """Chunks by number. A few shards are kept open, for a stretch of chunks may lie in more than one."""
+        ends = list(itertools.accumulate(shard.chunks for shard in self._manifest.shards))
+        opened: dict[int, tuple[ShardContent, list[int]]] = {}
+        for number in numbers:
+            i = bisect.bisect_right(ends, number)
+            if i not in opened:
+                if len(opened) == _OPEN:
+                    del opened[next(iter(opened))]
+                opened[i] = self._open_shard(self._manifest.shards[i])
+            content, rows = opened[i]
+            k = number - (ends[i] - self._manifest.shards[i].chunks)
+            yield Chunk(content.rows_nd[rows[k] : rows[k + 1]], content.images_n[rows[k] : rows[k + 1]])
+
+    def _open_shard(self, shard: Shard) -> tuple[ShardContent, list[int]]:
+        """A shard, and where each of its chunks begins and the last ends."""
+        content = read_shard(self.folder, shard, self.record.d_in, check=shard.file not in self._checked)
+        self._checked.add(shard.file)
+        return content, list(itertools.accumulate(cast(list[int], content.chunk_sizes_m.tolist()), initial=0))
 
 
 def _lock(folder: Path) -> Any:

@@ -150,7 +150,7 @@ def _described(item: Item) -> str:
     row = item.content if isinstance(item.content, Mapping) else {}
     path, data = row.get("path"), row.get("bytes")
     if data is None:
-        return path or f"row {item.index}"
+        return path or ("a row without an image" if item.content is None else f"row {item.index}")
     return f"{path or 'image'} (sha256 {hashlib.sha256(data).hexdigest()[:12]})"
 
 

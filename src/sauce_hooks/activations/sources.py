@@ -537,8 +537,6 @@ def _pipeline(data: Any) -> Shards:
 
 
 def _dataset(data: Any) -> Source:
-    if len(data) and is_inputs(data[0]) and "image" not in data.column_names:
-        return Sized("images", data)
     column = _image_column(data.features, data.column_names)
     if data.format["type"] == "custom":  # the caller's own set_transform
         return Sized("images", data)

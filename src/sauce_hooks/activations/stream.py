@@ -16,6 +16,9 @@ from sauce_hooks.activations.read import read_batch
 from sauce_hooks.activations.world import World
 from sauce_hooks.hookpoint import HookPoint, TokenPolicy, draw, unwrap
 
+_FLUSH_ROWS = 262_144
+"""Rows after which those kept so far are made safe."""
+
 
 class MemoryStore:
     """Chunks in memory, for data that fits there. A training that is gone on with has to read them again."""
@@ -179,10 +182,15 @@ class RowStream:
 
     def _fill(self) -> Iterator[Chunk]:
         assert self.store is not None
+        unsafe = 0
         for chunk in self._read(0, self.store.filling_state):
             if not isinstance(self.store, MemoryStore):  # as the cache keeps it, so that it is no matter where it was read
                 chunk = replace(chunk, rows_nd=chunk.rows_nd.to(torch.bfloat16))
             self.store.append(chunk)
+            unsafe += len(chunk.rows_nd)
+            if unsafe >= _FLUSH_ROWS:  # also where no checkpoint asks for it
+                self.position()
+                unsafe = 0
             yield chunk
         self.store.finish()
 

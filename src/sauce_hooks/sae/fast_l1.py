@@ -15,11 +15,16 @@ and, with R = 2e/B, differentiating by hand gives
 Autograd also makes the product g W_encᵀ, [B, d], only to sum its rows into ∂b_dec; here the rows of g are summed first.
 What is [B, D] is kept feature-major, as [D, B]: the products are faster so on a CPU, and rows of z that are never active
 cost nothing where z is held sparse.
+
+Under autocast the products take the same rounded factors as SAE-Lens's: xc, both weights, z and R are cast once each. What
+is [B, D] then stays in that precision, where SAE-Lens holds h, z and g in float32; sums over rows, losses, e, x̂ and all
+gradients are in the weights' own.
 """
 
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,14 +42,21 @@ _SAMPLE = 16
 """One in so many features is looked at to see how sparse a batch is."""
 
 
+def _affine(w_Dd: Float[Tensor, "D d"], r_Bd: Float[Tensor, "B d"], bias_D: Float[Tensor, " D"]) -> Float[Tensor, "D B"]:
+    """W Rᵀ + bias, in the factors' precision; the bias is not rounded before it is added."""
+    if bias_D.dtype == w_Dd.dtype:
+        return torch.addmm(bias_D[:, None], w_Dd, r_Bd.T)
+    return (w_Dd @ r_Bd.T).add_(bias_D[:, None])
+
+
 class _Dense:
     """Either of z and its gradient g, [B, D]: all its entries."""
 
     def __init__(self, value_DB: Float[Tensor, "D B"]) -> None:
         self.value_DB = value_DB
 
-    def sum_over_rows(self) -> Float[Tensor, " D"]:
-        return self.value_DB.sum(1)
+    def sum_over_rows(self, dtype: torch.dtype) -> Float[Tensor, " D"]:
+        return self.value_DB.sum(1, dtype=dtype)
 
     def times(self, w_Dd: Float[Tensor, "D d"]) -> Float[Tensor, "B d"]:
         return self.value_DB.T @ w_Dd
@@ -54,7 +66,7 @@ class _Dense:
 
     def where_active(self, r_Bd: Float[Tensor, "B d"], w_Dd: Float[Tensor, "D d"], bias_D: Float[Tensor, " D"]) -> _Dense:
         """1[z > 0] ⊙ (R Wᵀ + bias), from z."""
-        g_DB = torch.addmm(bias_D[:, None], w_Dd, r_Bd.T)
+        g_DB = _affine(w_Dd, r_Bd, bias_D)
         return _Dense(torch.ops.aten.threshold_backward.grad_input(g_DB, self.value_DB, 0, grad_input=g_DB))
 
 
@@ -91,8 +103,8 @@ class _Sparse:
     def _csr_DB(self) -> Tensor:
         return self._matrix(torch.sparse_csr_tensor, self.n_features, self.n_rows)
 
-    def sum_over_rows(self) -> Float[Tensor, " D"]:
-        return self.values.new_zeros(self.n_features).index_add_(0, self.features, self.values)
+    def sum_over_rows(self, dtype: torch.dtype) -> Float[Tensor, " D"]:
+        return self.values.new_zeros(self.n_features, dtype=dtype).index_add_(0, self.features, self.values)
 
     def times(self, w_Dd: Float[Tensor, "D d"]) -> Float[Tensor, "B d"]:
         return self._matrix(torch.sparse_csc_tensor, self.n_rows, self.n_features).to_sparse_csr() @ w_Dd
@@ -125,10 +137,11 @@ class _L1Objective(torch.autograd.Function):
         alpha: float,
         b_dec_in_xc: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x_hat_Bd = z.times(W_dec).add_(b_dec)
+        factor_Dd = W_dec.to(xc_Bd.dtype)
+        x_hat_Bd = z.times(factor_Dd) + b_dec
         error_Bd = x_hat_Bd - x_Bd
-        norm_D, sum_D = W_dec.norm(dim=1), z.sum_over_rows()
-        ctx.save_for_backward(xc_Bd, W_enc, W_dec, error_Bd, norm_D, sum_D)
+        norm_D, sum_D = W_dec.norm(dim=1), z.sum_over_rows(W_dec.dtype)
+        ctx.save_for_backward(xc_Bd, W_enc, W_dec, factor_Dd, error_Bd, norm_D, sum_D)
         ctx.z, ctx.weight, ctx.b_dec_in_xc = z, alpha / len(x_Bd), b_dec_in_xc
         ctx.mark_non_differentiable(x_hat_Bd)
         return error_Bd.pow(2).sum(1).mean(), ctx.weight * (norm_D * sum_D).sum(), x_hat_Bd
@@ -140,20 +153,22 @@ class _L1Objective(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """The gradients, for any weights of the two losses."""
         g_mse, g_l1 = grads[:2]
-        xc_Bd, W_enc, W_dec, error_Bd, norm_D, sum_D = ctx.saved_tensors
+        xc_Bd, W_enc, W_dec, factor_Dd, error_Bd, norm_D, sum_D = ctx.saved_tensors
         z: _Code = ctx.z
         R_Bd = error_Bd * (2 / len(error_Bd) * g_mse)
         alpha_per_row = ctx.weight * g_l1
 
-        g = z.where_active(R_Bd, W_dec, alpha_per_row * norm_D)
-        db_enc = g.sum_over_rows()
-        db_dec = R_Bd.sum(0)
-        if ctx.b_dec_in_xc:
-            db_dec = db_dec - W_enc @ db_enc
-        dW_enc = g.transposed_times(xc_Bd).T.contiguous()
-        del g
-        radial_D = alpha_per_row * sum_D / norm_D.clamp_min(torch.finfo(norm_D.dtype).tiny)
-        dW_dec = z.transposed_times(R_Bd).addcmul_(W_dec, radial_D[:, None])
+        with _without_autocast(W_enc.device.type):
+            factor_Bd = R_Bd.to(xc_Bd.dtype)
+            g = z.where_active(factor_Bd, factor_Dd, alpha_per_row * norm_D)
+            db_enc = g.sum_over_rows(W_enc.dtype)
+            db_dec = R_Bd.sum(0)
+            if ctx.b_dec_in_xc:
+                db_dec = db_dec - W_enc @ db_enc
+            dW_enc = torch.empty_like(W_enc).copy_(g.transposed_times(xc_Bd).T)
+            del g
+            radial_D = alpha_per_row * sum_D / norm_D.clamp_min(torch.finfo(norm_D.dtype).tiny)
+            dW_dec = z.transposed_times(factor_Bd).to(W_dec.dtype).addcmul_(W_dec, radial_D[:, None])
         return None, None, dW_enc, db_enc, dW_dec, db_dec, None, None, None
 
 
@@ -161,7 +176,7 @@ class FastL1TrainingSAE(StandardTrainingSAE):
     """SAE-Lens's `StandardTrainingSAE`, its step faster and equal to it within rounding.
 
     What the five products do not cover goes SAE-Lens's own way: another p-norm than 1, its normalisations within the SAE,
-    autocast, an SAE-Lens hook that is in use, and a subclass that changes encoding, decoding or a loss.
+    an SAE-Lens hook that is in use, and a subclass that changes encoding, decoding or a loss.
 
     The sparse products are for CPUs. On other devices the step is dense and reads nothing back to the host.
     """
@@ -175,22 +190,24 @@ class FastL1TrainingSAE(StandardTrainingSAE):
         if not self.is_covered(step_input):
             return super().training_forward_pass(step_input)
         x_Bd = step_input.sae_in.detach().to(self.dtype)
-        with torch.no_grad():
-            xc_Bd = self.process_sae_in(x_Bd)
-            pre_DB = torch.addmm(self.b_enc[:, None], self.W_enc.T, xc_Bd.T)
-            z_DB = pre_DB.clamp_min(0)
-            z = _Sparse.of(z_DB) if self._is_sparse(z_DB) else _Dense(z_DB)
-        mse, l1, x_hat_Bd = _L1Objective.apply(  # pyright: ignore[reportGeneralTypeIssues] - torch leaves `apply` untyped
-            x_Bd,
-            xc_Bd,
-            self.W_enc,
-            self.b_enc,
-            self.W_dec,
-            self.b_dec,
-            z,
-            step_input.coefficients["l1"],
-            self.cfg.apply_b_dec_to_input,
-        )
+        product_dtype = _product_dtype(self.W_enc)
+        with _without_autocast(self.W_enc.device.type):
+            with torch.no_grad():
+                xc_Bd = self.process_sae_in(x_Bd).to(product_dtype)
+                pre_DB = _affine(self.W_enc.T.to(product_dtype), xc_Bd, self.b_enc)
+                z_DB = pre_DB.clamp_min(0)
+                z = _Sparse.of(z_DB) if self._is_sparse(z_DB) else _Dense(z_DB)
+            mse, l1, x_hat_Bd = _L1Objective.apply(  # pyright: ignore[reportGeneralTypeIssues] - torch leaves `apply` untyped
+                x_Bd,
+                xc_Bd,
+                self.W_enc,
+                self.b_enc,
+                self.W_dec,
+                self.b_dec,
+                z,
+                step_input.coefficients["l1"],
+                self.cfg.apply_b_dec_to_input,
+            )
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=x_hat_Bd,
@@ -208,7 +225,6 @@ class FastL1TrainingSAE(StandardTrainingSAE):
             and self.cfg.lp_norm == 1
             and self.cfg.normalize_activations in ("none", "expected_average_only_in", "covariance_whitening")
             and step_input.sae_in.ndim == 2
-            and not _autocasts(self.W_enc.device.type)
             and not any(hook.has_hooks() for hook in self.hook_dict.values())
         )
 
@@ -221,8 +237,16 @@ class FastL1TrainingSAE(StandardTrainingSAE):
         return int(sample.count_nonzero()) < self.sparse_below * sample.numel()
 
 
-def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What autocast would make of a product with this weight; float64 it leaves alone."""
+    device = weight.device.type
+    if weight.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def use_fused_adam(trainer: Any) -> None:

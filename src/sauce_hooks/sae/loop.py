@@ -119,8 +119,8 @@ class Training:
 
             dead_f = trainer.dead_neurons
             rows_bd = trainer.activation_scaler(batch_bd.to(self.sae.device))
-            resample_dead(self.sae, trainer.optimizer, dead_f, rows_bd, self._resampling)
-            trainer.n_forward_passes_since_fired[dead_f] = 0
+            n = resample_dead(self.sae, trainer.optimizer, dead_f, rows_bd, self._resampling)
+            trainer.n_forward_passes_since_fired[dead_f.nonzero()[:n]] = 0  # the first n were restarted
         return output
 
     def _stopped(self, interruption: Interruption, step: int) -> bool:

@@ -27,8 +27,8 @@ from sauce_hooks.activations import (
     Store,
     World,
 )
-from sauce_hooks.errors import ImagesError, PresetError
-from sauce_hooks.hookpoint import HookPoint, TokenPolicy, default_policy, find_hook_point
+from sauce_hooks.errors import ActivationCacheError, ImagesError, PresetError
+from sauce_hooks.hookpoint import HookPoint, TokenPolicy, default_policy, find_hook_point, unwrap
 from sauce_hooks.sae.checkpoint import TrainingFolder
 from sauce_hooks.sae.feed import Feed
 from sauce_hooks.sae.inference import build, for_inference
@@ -180,10 +180,16 @@ def train_sae(
         folder.check(settings)
         return VisionSAE.load(folder.out)
     checkpoint = _open(folder, settings, resume, world)
-    with _leaving_nothing(folder), warnings.catch_warnings(), torch.random.fork_rng():
+    with (
+        _leaving_nothing(folder),
+        _open_cache(cache, settings, world, device, hook_point.tower_module(unwrap(model))) as disk,
+        warnings.catch_warnings(),
+        torch.random.fork_rng(),
+        torch.inference_mode(False),  # whatever the caller has switched off
+        torch.enable_grad(),
+    ):
         warnings.filterwarnings("once")
         torch.manual_seed(seed)
-        disk = _open_cache(cache, settings, world, device)
         stream = RowStream(model, loader, hook_point, tokens, seed=seed, store=disk or MemoryStore(), world=world)
         plan = _load_plan(checkpoint)
         sae = build(recipe, hook_point.d_in)
@@ -295,16 +301,25 @@ def _leaving_nothing(folder: TrainingFolder | None) -> Generator[None]:
         raise
 
 
-def _open_cache(cache: str | Path | None, settings: dict[str, Any], world: World, device: torch.device) -> Store | None:
+@contextmanager
+def _open_cache(
+    cache: str | Path | None, settings: dict[str, Any], world: World, device: torch.device, tower: nn.Module
+) -> Generator[Store | None]:
     if cache is None:
-        return None
+        yield None
+        return
+    if any(type(module).__module__.startswith("peft.") for module in tower.modules()):
+        raise ActivationCacheError(
+            "activations of a tower with PEFT adapters are not kept on disk: the record of a tower does not know its "
+            "adapters, so another one's could be taken for them. Merge them into the weights, or leave cache out."
+        )
     data = settings["data"]
     tokens = settings["preset"]["tokens"]
     record = CacheRecord(
         hook_point=settings["hook_point"],
         tower=settings["tower"],
         tokens={"read": tokens["read"], "per_image": tokens["per_image"]}
-        | ({} if tokens["per_image"] is None else {"seed": settings["seed"]}),
+        | ({} if tokens["per_image"] is None else {name: settings[name] for name in ("seed", "image_batch_size")}),
         data=data["fingerprint"],
         n_images=data["n_images"],
         processor=data["processor"],
@@ -312,7 +327,11 @@ def _open_cache(cache: str | Path | None, settings: dict[str, Any], world: World
         order={name: settings[name] for name in ("seed", "image_batch_size", "processes")},
     )
     store = ActivationCache.open(cache, record) if world.is_first else None
-    return store if world.size == 1 else SharedStore(store, world, d_in=record.d_in, device=device)
+    try:
+        yield store if world.size == 1 else SharedStore(store, world, d_in=record.d_in, device=device)
+    finally:
+        if store is not None:
+            store.close()
 
 
 def _look(
