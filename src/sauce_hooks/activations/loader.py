@@ -351,8 +351,12 @@ class _Make:
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C goes to every process of a terminal; the training decides when its workers end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C goes to every process of a terminal, a scheduler's SIGTERM to every process of a job.
+
+    The training decides when its workers end: it may still need their batch before it can save itself.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _first(batch: ImageBatch, n: int) -> ImageBatch:
