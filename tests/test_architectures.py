@@ -346,3 +346,11 @@ def test_one_preset_serves_any_number_of_widths():
 def test_a_preset_that_cannot_be_says_which_field(field, value):
     with pytest.raises(PresetError, match=rf"^{field}="):
         replace(PRESETS["sauce"], **{field: value})
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_after_a_short_training_as_many_features_fire_as_in_training(model, architecture):
+    """The threshold is that of the weights as they ended, not a mean over those of the way there."""
+    preset = Preset(architecture, 4, TokenPolicy(), {"k": 4}, lr=1e-2, batch_size=64, epochs=4, normalize=True)
+    trained = train_sae(model, IMAGES, preset=preset, progress=False)
+    assert trained.stats.l0 == pytest.approx(4, abs=0.8)

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from sauce_hooks import scenes
 from sauce_hooks.cli import app
+from sauce_hooks.sae import PRESETS
 
 runner = CliRunner()
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -67,3 +68,8 @@ def test_the_first_program_of_the_readme_runs_as_printed(capsys):
     assert 'with ConceptEraser(model, sae, ["red", "tiger"]):' in program
     exec(compile(program, "README.md", "exec"), {})
     assert "tiger" not in capsys.readouterr().out
+
+
+def test_the_help_of_train_sae_names_every_preset():
+    help_text = runner.invoke(app, ["train-sae", "--help"], terminal_width=200).output
+    assert [name for name in PRESETS if name not in help_text] == []

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sauce_hooks import Concept, ConceptBank, learn_concept, read_activations
-from sauce_hooks.concepts import SetStatistics, accumulate, sauce_score, select_features, set_statistics
+from sauce_hooks.concepts import SetStatistics, accumulate, pooled, sauce_score, select_features, set_statistics
+from sauce_hooks.concepts import learn as learn_module
+from sauce_hooks.concepts.statistics import N_BINS
 from sauce_hooks.errors import ContrastError, EditError, ImagesError, SAEFileError, UnknownConceptError
 from tiny import D_SAE, make_vision_sae, model_inputs, pictures, snapshot
 
@@ -18,7 +21,8 @@ DARK = [{"pixel_values": -1.5 + 0.3 * model_inputs(6, seed=i)["pixel_values"]} f
 
 def statistics(mean, n=1):
     mean = torch.tensor(mean, dtype=torch.float64)
-    return SetStatistics(n, mean * n, (mean > 0).double() * n)
+    none = torch.zeros(N_BINS, len(mean), dtype=torch.int32)
+    return SetStatistics(n, mean * n, mean.pow(2) * n, (mean > 0).double() * n, none)
 
 
 def activations(seed, n, d_sae=6):
@@ -38,8 +42,8 @@ def test_eq4_by_hand():
 
 @given(seed=seeds, stretch=st.floats(0.01, 100))
 def test_eq4_does_not_depend_on_the_scale_and_changes_sign_with_the_sets(seed, stretch):
-    one, other = (SetStatistics.of(activations(seed + i, 5), "mean") for i in (0, 1))
-    stretched = SetStatistics(one.n, one.sum_f * stretch, one.fired_f)
+    one, other = (SetStatistics.of(pooled(activations(seed + i, 5), "mean")) for i in (0, 1))
+    stretched = replace(one, sum_f=one.sum_f * stretch)
     torch.testing.assert_close(sauce_score(stretched, other), sauce_score(one, other), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(sauce_score(other, one), -sauce_score(one, other))
     assert abs(float(sauce_score(one, other).sum())) < 1e-6
@@ -56,25 +60,44 @@ def test_a_set_on_which_nothing_fires_scores_zero_and_not_nan():
 @given(seed=seeds, sizes=st.lists(st.integers(1, 7), min_size=1, max_size=6))
 def test_statistics_of_parts_add_up_to_those_of_the_whole(pool, seed, sizes):
     z = activations(seed, sum(sizes))
-    parts, whole = accumulate(list(z.split(sizes)), pool), SetStatistics.of(z, pool)
+    parts, whole = accumulate([pooled(part, pool) for part in z.split(sizes)]), SetStatistics.of(pooled(z, pool))
     assert parts.n == whole.n == sum(sizes)
     torch.testing.assert_close(parts.sum_f, whole.sum_f)
     assert torch.equal(parts.fired_f, whole.fired_f)
-    pooled = z.double().mean(1) if pool == "mean" else z.double().amax(1)
-    torch.testing.assert_close(parts.mean_f, pooled.mean(0), rtol=1e-6, atol=1e-9)
+    of_images = z.double().mean(1) if pool == "mean" else z.double().amax(1)
+    torch.testing.assert_close(parts.mean_f, of_images.mean(0), rtol=1e-6, atol=1e-7)
     assert torch.equal(parts.fired_f, (z.amax(1) > 0).sum(0).double())
+
+
+@pytest.mark.parametrize("pool", ["mean", "max"])
+def test_of_signed_activations_the_size_counts(pool):
+    z = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
+    signed, sizes = SetStatistics.of(pooled(z, pool)), SetStatistics.of(pooled(z.abs(), pool))
+    assert torch.equal(signed.sum_f, sizes.sum_f) and torch.equal(signed.fired_f, sizes.fired_f)
+    assert (signed.fired_f == 5).all()
+
+
+def test_a_batch_is_encoded_in_parts_that_fit(model, sae, monkeypatch):
+    whole = set_statistics(model, sae, BRIGHT)
+    monkeypatch.setattr(learn_module, "CHUNK", 2 * 16 * sae.d_sae)
+    parts = []
+    real = type(sae).encode
+    monkeypatch.setattr(type(sae), "encode", lambda self, x: (parts.append(len(x)), real(self, x))[1])
+    in_parts = set_statistics(model, sae, BRIGHT)
+    assert max(parts) == 2 and in_parts.n == whole.n
+    torch.testing.assert_close(in_parts.sum_f, whole.sum_f)
 
 
 def test_statistics_of_nothing_are_an_error():
     with pytest.raises(ContrastError, match="empty"):
-        accumulate([], "mean")
+        accumulate([])
 
 
 @pytest.mark.parametrize("pool", ["mean", "max"])
 def test_statistics_of_images_are_those_of_their_encodings(model, sae, pool):
     found = set_statistics(model, sae, BRIGHT, pool=pool)
     rows = torch.cat(list(read_activations(model, BRIGHT, sae.hook_point))).reshape(12, 16, -1)
-    expected = SetStatistics.of(sae.encode(rows), pool)
+    expected = SetStatistics.of(pooled(sae.encode(rows), pool))
     assert found.n == 12
     torch.testing.assert_close(found.sum_f, expected.sum_f)
 
@@ -95,7 +118,7 @@ def test_planted_features_are_the_ones_selected(seed, planted):
     def z_of(n, seed, more):
         z = activations(seed, n, d_sae=40)
         z[..., list(planted)] += more
-        return SetStatistics.of(z, "mean")
+        return SetStatistics.of(pooled(z, "mean"))
 
     score = sauce_score(z_of(60, seed, 3.0), z_of(60, seed + 1, 0.0))
     assert set(select_features(score, len(planted))[0]) == planted

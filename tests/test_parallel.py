@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from sauce_hooks import TokenPolicy, VisionSAE, find_hook_point, train_sae
-from sauce_hooks.activations import ImageLoader, RowStream, World
-from sauce_hooks.errors import PresetError
+from sauce_hooks.activations import Chunk, ImageLoader, RowStream, World
+from sauce_hooks.errors import ImagesError, PresetError, SauceHooksError
 from sauce_hooks.sae import loop as loop_module
 from sauce_hooks.sae.parallel import check_divides
+from sauce_hooks.sae.presets import PRESETS
 from tiny import model_inputs
 
 BATCHES = [{"pixel_values": model_inputs(4, seed=i)["pixel_values"]} for i in range(15)]
@@ -147,15 +148,73 @@ def test_a_batch_that_cannot_be_shared_evenly_is_an_error():
         check_divides(10, World(0, 3))
 
 
+FEW = {"batchtopk": {"k": 4}, "matryoshka": {"k": 4}, "topk": {"k": 4}, "matching_pursuit": {"max_iterations": 4}}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_architecture_learns_the_same_in_two_processes(cold, tmp_path, preset):
+    recipe = {"preset": preset, "epochs": 2, "lr_warm_up_steps": 0, "dead_after": 3}
+    recipe |= {"options": FEW[preset]} if preset in FEW else {}
+    recipe |= {"resample_every": 7} if preset in ("sauce", "gated", "matching_pursuit") else {}
+    train(cold, tmp_path / "one", **recipe)
+
+    def work(rank):
+        trained = train(cold, tmp_path / "two", **recipe)
+        torch.save(trained.sae.state_dict(), tmp_path / f"{rank}.pt")
+
+    assert in_processes(2, work) == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two = VisionSAE.load(tmp_path / "one").stats, VisionSAE.load(tmp_path / "two").stats
+    assert two.l0 == pytest.approx(one.l0, rel=1e-2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("mine", ["rows", "the end"])
+def test_what_fails_in_one_process_ends_all_of_them(tmp_path, mine):
+    def work(rank):
+        given = None if mine == "the end" else Chunk(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+        try:
+            World.current().chunks(
+                ImagesError("all broken") if rank == 1 else given, d=3, dtype=torch.float32, device=torch.device("cpu")
+            )
+        except SauceHooksError as problem:
+            (tmp_path / str(rank)).write_text(f"{type(problem).__name__}: {problem}")
+
+    assert in_processes(2, work) == [0, 0]
+    assert (tmp_path / "1").read_text() == "ImagesError: all broken"
+    assert "process 1 has failed" in (tmp_path / "0").read_text()
+    assert "ImagesError: all broken" in (tmp_path / "0").read_text()
+
+
+def test_processes_agree_to_go_on(tmp_path):
+    def work(rank):
+        World.current().agree()
+        (tmp_path / str(rank)).touch()
+
+    assert in_processes(2, work) == [0, 0]
+    assert len(list(tmp_path.iterdir())) == 2
+    World().agree()
+    with pytest.raises(ImagesError, match="none"):
+        World().agree(ImagesError("none"))
+
+
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no")
+ACCELERATE += ("--dynamo_backend", "no", "--num_processes", "2", "--main_process_port")
+
+
 @pytest.mark.slow
-def test_torchrun_and_the_command_line(tmp_path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate launch"])
+def test_a_launcher_and_the_command_line(tmp_path, launcher):
     photos = tmp_path / "photos"
     photos.mkdir()
     from tiny import pictures
 
     for i, picture in enumerate(pictures(48)):
         picture.resize((64, 64)).save(photos / f"{i}.png")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [sys.executable, "-m", *launcher, str(free_port())]
     arguments = ["-m", "sauce_hooks", "train-sae", "bundled", str(photos), "--out", str(tmp_path / "sae")]
     options = ["--preset", "batchtopk", "--epochs", "4", "--workers", "0", "--image-batch-size", "8"]
     done = subprocess.run(
@@ -166,4 +225,5 @@ def test_torchrun_and_the_command_line(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "sae/training/settings.json").read_text())["processes"] == 2
     assert VisionSAE.load(tmp_path / "sae").stats.explained_variance > 0.1

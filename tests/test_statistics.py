@@ -1,6 +1,7 @@
 """What a trained SAE tells of its features: exact, however the rows or images come."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from sauce_hooks import VisionSAE, read_activations
 from sauce_hooks.errors import ImagesError, SAEFileError
 from sauce_hooks.sae import FeatureStats, describe, statistics
 from sauce_hooks.sae.describe import PairSums, TopImages, describe_features
+from sauce_hooks.sae.gallery import Gallery
 from sauce_hooks.sae.statistics import RowSums, feature_stats
 from sauce_hooks.sae.vision_sae import DENSE_ABOVE, LossAdded
 from tiny import D_IN, D_SAE, make_sae, make_vision_sae, pictures, snapshot, weights
@@ -104,7 +106,16 @@ def test_no_rows_are_an_error_and_rows_all_alike_have_no_variance_to_explain():
     for nothing in ([], [torch.zeros(0, D_IN)]):
         with pytest.raises(ImagesError, match="no rows"):
             feature_stats(make_sae(), nothing)
-    assert np.isnan(feature_stats(make_sae(), [torch.ones(1, D_IN)]).explained_variance)
+    for n in (1, 2, 3, 7, 50):  # of some of these, rounding leaves a variance that is not zero
+        alike = torch.randn(1, D_IN, generator=generator(n)).expand(n, -1)
+        assert np.isnan(feature_stats(make_sae(), [alike]).explained_variance)
+
+
+@torch.no_grad()
+def test_in_bf16_the_error_itself_is_not_rounded():
+    sae, x = make_sae(dtype="bfloat16"), torch.randn(200, D_IN, generator=generator(0)).bfloat16()
+    left = (x.double() - sae.decode(sae.encode(x)).double()).pow(2).sum() / (x.double() - x.double().mean(0)).pow(2).sum()
+    assert feature_stats(sae, [x]).explained_variance == pytest.approx(1 - left.item(), rel=1e-9)
 
 
 def test_dead_and_dense_are_shares_of_features():
@@ -136,19 +147,17 @@ def activations(seed, n=20, d_sae=12):
     return a
 
 
-def pair_sums(a, e):
+def pair_sums(a, e, cuts=()):
     sums = PairSums(a.shape[1], e.shape[1], torch.device("cpu"))
-    sums.add(a, e)
+    for part in zip(pieces(a, list(cuts)), pieces(e, list(cuts)), strict=True):
+        sums.add(*part)
     return sums
 
 
 @given(seed=seeds, cuts=cuts, scale=st.floats(0.1, 10), shift=st.floats(0, 5))
 def test_monosemanticity_is_the_papers_double_sum_however_the_images_come(seed, cuts, scale, shift):
     a, e = activations(seed), torch.randn(20, 6, generator=generator(seed + 1), dtype=torch.float64) + 0.5
-    streamed, *rest = [pair_sums(*part) for part in zip(pieces(a, cuts), pieces(e, cuts), strict=True)]
-    for other in rest:
-        streamed.merge(other)
-    scores, null = streamed.scores()
+    scores, null = pair_sums(a, e, cuts).scores()
     expected = torch.tensor([naive_score(a[:, f], e) for f in range(a.shape[1])])
     assert torch.equal(scores.isnan(), expected.isnan())
     assert scores.isnan().nonzero().flatten().tolist() == [1, 3, 4]
@@ -304,6 +313,73 @@ def test_a_gallery_of_no_pictures_is_one_too(described, tmp_path):
     described.gallery = replace(described.gallery, thumbnails={})
     described.save(tmp_path / "sae")
     assert VisionSAE.load(tmp_path / "sae").gallery.thumbnails == {}
+
+
+def test_saving_to_a_link_replaces_what_it_leads_to(described, tmp_path):
+    described.save(tmp_path / "sae")
+    (tmp_path / "sae" / "README.md").write_text("a model card")
+    (tmp_path / "link").symlink_to(tmp_path / "sae")
+    described.gallery = None
+    described.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "sae" / "README.md").exists()
+    assert VisionSAE.load(tmp_path / "sae").gallery is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stats": {"explained_variance": "<b>"}},
+        {"stats": {"n_rows": float("inf")}},
+        {"stats": {"loss_added": {"original": "<b>"}}},
+        {"stats": {"loss_added": {"n_images": None}}},
+    ],
+)
+def test_statistics_that_are_no_numbers_are_refused(described, tmp_path, change):
+    described.save(tmp_path / "sae")
+    path = tmp_path / "sae" / "vision_sae.json"
+    record = json.loads(path.read_text())
+    for name, value in change["stats"].items():
+        record["stats"][name] = record["stats"][name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(record))
+    with pytest.raises(SAEFileError):
+        VisionSAE.load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images", lambda t: t + 11),
+        ("images", lambda t: t - 11),
+        ("images", lambda t: t.float()),
+        ("images", lambda t: t.flatten()),
+        ("monosemanticity", lambda t: t[:, None].repeat(1, 2)),
+        ("thumbnail_images", lambda t: t + 2**30),
+        ("thumbnail_images", lambda t: t - 100),
+        ("thumbnail_sizes", lambda t: t.double() * torch.inf),
+        ("thumbnail_sizes", lambda t: -t),
+        ("thumbnail_sizes", lambda t: t * 1000),
+        ("facts", {"n_images": float("inf")}),
+        ("facts", {"n_images": 3}),
+        ("facts", {"null_similarity": "high"}),
+        ("facts", {"format": 99}),
+    ],
+)
+def test_a_gallery_of_impossible_entries_is_refused(described, tmp_path, name, value):
+    path = tmp_path / "gallery.safetensors"
+    described.gallery.save(path)
+    Gallery.load(path, D_SAE)
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = json.loads(file.metadata()["gallery"])
+    if name == "facts":
+        facts |= value
+    else:
+        tensors[name] = value(tensors[name])
+        if name == "images" and tensors[name].ndim == 1:
+            tensors["strengths"] = tensors["strengths"].flatten()
+    path.write_bytes(save(tensors, {"gallery": json.dumps(facts)}))
+    with pytest.raises(SAEFileError):
+        Gallery.load(path, D_SAE)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\x00noise", "weights", "another SAE", "fewer rows", "cut"])

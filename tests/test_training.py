@@ -5,7 +5,12 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
+import tarfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -29,14 +34,16 @@ from sauce_hooks.errors import (
     ResumeError,
     SAEFileError,
     TokenPolicyError,
+    UnreadableImageWarning,
 )
 from sauce_hooks.hookpoint import draw
+from sauce_hooks.sae import checkpoint as checkpoint_module
 from sauce_hooks.sae import loop as loop_module
 from sauce_hooks.sae import training as training_module
 from sauce_hooks.sae.checkpoint import TrainingFolder, changes
 from sauce_hooks.sae.fast_l1 import FastL1TrainingSAE
 from sauce_hooks.sae.feed import Feed
-from tiny import SIDE, model_inputs
+from tiny import SIDE, model_inputs, pictures
 
 BATCHES = [{"pixel_values": model_inputs(8, seed=i)["pixel_values"]} for i in range(8)]
 """64 images of 16 patches."""
@@ -115,7 +122,8 @@ MOMENTS = {
     "while the first rows are read": (training_module, "center", 0),
     "while the second checkpoint is written": (torch, "save", 4),
     "before the second checkpoint takes its place": (TrainingFolder, "_place", 1),
-    "before the last checkpoint is removed": (TrainingFolder, "finish", 0),
+    "before the SAE is moved to its place": (checkpoint_module, "sync_folder", 14),
+    "before the last checkpoint is removed": (TrainingFolder, "_discard", 0),
     "while the statistics are taken": (training_module, "feature_stats", 0),
     "while it is saved": (VisionSAE, "save", 0),
     "in a push": (ShuffleBuffer, "_move", 20),
@@ -211,6 +219,97 @@ def test_a_signal_saves_and_leaves(cold, tmp_path, number, monkeypatch):
     assert not (tmp_path / "sae/training/checkpoints").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_only_a_second_ctrl_c_does_what_it_always_did(cold, tmp_path, number, monkeypatch):
+    """Launchers pass on the SIGTERM that a scheduler has sent to all processes."""
+    real = loop_module.Training._step
+
+    def step(self, batch):
+        if self.trainer.n_training_steps == 6:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
+        return real(self, batch)
+
+    monkeypatch.setattr(loop_module.Training, "_step", step)
+    with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
+        train(cold, out=tmp_path / "sae", checkpoint_every=5)
+    saved = "000000005" if number == signal.SIGINT else "000000007"
+    assert [path.name for path in (tmp_path / "sae/training/checkpoints").iterdir()] == [saved]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ctrl_c_while_the_last_checkpoint_is_written_loses_no_step(cold, tmp_path, monkeypatch):
+    real = TrainingFolder._place
+    monkeypatch.setattr(TrainingFolder, "_place", lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a)))
+    with pytest.raises(KeyboardInterrupt):
+        train(cold, out=tmp_path / "sae")
+    assert [path.name for path in (tmp_path / "sae/training/checkpoints").iterdir()] == ["000000012"]
+
+
+def test_before_the_first_step_ctrl_c_is_what_it_always_was(cold, tmp_path, monkeypatch):
+    """There is nothing to save, and reading on until there is could take minutes."""
+    real = ShuffleBuffer._move
+    monkeypatch.setattr(ShuffleBuffer, "_move", lambda *a: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1), real(*a)))
+    with pytest.raises(KeyboardInterrupt):
+        train(cold, out=tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+def test_a_signal_that_was_ignored_is_ignored(cold, tmp_path, monkeypatch):
+    """As a shell has it for what runs in the background."""
+    monkeypatch.setattr(TrainingFolder, "_discard", lambda *a: os.kill(os.getpid(), signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(cold, out=tmp_path / "sae")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+_SCRIPT = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from sauce_hooks import train_sae
+from sauce_hooks.sae.loop import Training
+from tiny import build_llava, build_processor
+folder, how = sys.argv[1:]
+real = Training._step
+def step(self, batch):
+    if self.trainer.n_training_steps == 5:
+        if how == "error":
+            raise ValueError("an error")
+        os.killpg(os.getpid(), int(how))
+    return real(self, batch)
+Training._step = step
+processor = build_processor()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+train_sae(build_llava(len(processor.tokenizer)), folder, processor=processor, out=folder + "/../sae", workers=2,
+          batch_size=4, expansion=2, image_batch_size=2, keep_in_memory=0, max_broken=0.5, progress=False)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), ("error", 1)]
+)
+def test_a_program_ends_with_its_workers(photos, tmp_path, how, code):
+    """Whatever ends it: an error, or a signal to the whole group of processes, as terminals and schedulers send it."""
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    command = [sys.executable, "-c", _SCRIPT, str(folder), str(how if how == "error" else int(how))]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        said = process.communicate(timeout=60)[1].decode()
+        assert process.returncode in (code, 128 + abs(code)), said
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        process.poll() is None and os.killpg(process.pid, signal.SIGKILL)
+    if how != "error":
+        assert [path.name for path in (tmp_path / "sae/training/checkpoints").iterdir()] == ["000000006"]
+
+
 def test_without_a_folder_ctrl_c_is_what_it_always_was(cold, monkeypatch):
     monkeypatch.setattr(loop_module.Training, "_step", lambda *args: (os.kill(os.getpid(), signal.SIGINT), time.sleep(5)))
     with pytest.raises(KeyboardInterrupt):
@@ -238,6 +337,79 @@ def unfinished(cold, tmp_path):
         with pytest.raises(RuntimeError, match="stopped"):
             train(cold, out=tmp_path / "sae", checkpoint_every=2)
     return tmp_path / "sae"
+
+
+def interrupted(model, at, **options):
+    """A training that is killed by an error in step `at`."""
+    with pytest.MonkeyPatch.context() as patched:
+        stop_after(patched, at)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train(model, **options)
+
+
+def test_it_may_be_interrupted_again_before_it_reads_on(cold, tmp_path):
+    """After the first time, the next batches come from what the buffer held."""
+    options = {"tokens": TokenPolicy(read="patches"), "batch_size": 32, "keep_in_memory": 0, "checkpoint_every": 1}
+    interrupted(cold, 5, out=tmp_path / "sae", **options)
+    interrupted(cold, 6, out=tmp_path / "sae", resume=True, **options)
+    assert_same(train(cold, out=tmp_path / "sae", resume=True, **options), train(cold, **options))
+
+
+@pytest.mark.parametrize("cache", ["removed", "of another order", "left out", "added"])
+def test_a_resume_with_another_cache(cold, tmp_path, cache):
+    whole = train(cold, cache=tmp_path / "cache")
+    train(cold, cache=tmp_path / "other", seed=5)
+    interrupted(cold, 6, out=tmp_path / "sae", checkpoint_every=2, cache=None if cache == "added" else tmp_path / "new")
+    if cache == "removed":  # and so made again
+        shutil.rmtree(tmp_path / "new")
+        assert_same(train(cold, out=tmp_path / "sae", resume=True, cache=tmp_path / "new"), whole)
+        return
+    given = {"of another order": tmp_path / "other", "left out": None, "added": tmp_path / "new"}[cache]
+    with pytest.raises(ResumeError, match="order" if cache == "of another order" else "cache was"):
+        train(cold, out=tmp_path / "sae", resume=True, cache=given)
+
+
+def streamed(kind, photos, folder):
+    """The photos as a stream of four shards."""
+    files = sorted(photos.rglob("*.png"))
+    if kind == "hub":
+        from datasets import Dataset
+        from datasets import Image as Feature
+
+        rows = Dataset.from_dict({"image": [{"bytes": file.read_bytes(), "path": None} for file in files]})
+        return rows.cast_column("image", Feature()).to_iterable_dataset(num_shards=4)
+    if not folder.exists():
+        folder.mkdir()
+        for i in range(4):
+            with tarfile.open(folder / f"{i}.tar", "w") as shard:
+                for file in files[i::4]:
+                    shard.add(file, arcname=file.name)
+    return str(folder)
+
+
+@pytest.mark.parametrize("store", ["memory", "none", "disk"])
+@pytest.mark.parametrize(("kind", "workers"), [("hub", 0), ("webdataset", 2)])
+def test_a_training_on_a_stream_goes_on_and_refuses_other_workers(cold, processor, photos, tmp_path, kind, workers, store):
+    options = {
+        "processor": processor,
+        "image_batch_size": 4,
+        "tokens": TokenPolicy(read="patches"),
+        "max_broken": 0.5,
+        "n_images": 36,
+        "batch_size": 32,
+        "keep_in_memory": 0 if store == "none" else 2**30,
+        "workers": workers,
+    }
+    data = streamed(kind, photos, tmp_path / "shards")
+    kept = {"cache": tmp_path / "cache"} if store == "disk" else {}
+    whole = train(cold, data, **options, **kept)
+    for at in (3, 18, 30):  # an epoch is 17 steps
+        out = tmp_path / f"sae{at}"
+        kept = {"cache": tmp_path / f"cache{at}"} if store == "disk" else {}
+        interrupted(cold, at, images=data, out=out, checkpoint_every=1, **options, **kept)
+        with pytest.raises(ResumeError, match=r"data\.workers was"):
+            train(cold, data, out=out, resume=True, **{**options, **kept, "workers": workers + 1})
+        assert_same(train(cold, data, out=out, resume=True, **options, **kept), whole)
 
 
 @pytest.mark.parametrize(
@@ -275,10 +447,90 @@ def test_what_does_not_change_the_result_may_change(cold, unfinished):
     assert_same(resumed, train(cold))
 
 
-def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(cold, unfinished):
-    (unfinished / "training/checkpoints/000000006/sae.pt").write_bytes(b"half")
+@pytest.mark.parametrize("name", ["sae.pt", "trainer_state.pt", "state.pt", "activation_scaler.json"])
+@pytest.mark.parametrize("damage", ["foreign", "empty", "cut", "gone"])
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(cold, unfinished, name, damage):
+    file = unfinished / "training/checkpoints/000000006" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes({"foreign": b"\x80a file of others", "empty": b"", "cut": whole[: len(whole) // 2]}[damage])
     with pytest.raises(ResumeError, match=r"cannot be read.*Remove it"):
         train(cold, out=unfinished, resume=True)
+
+
+@pytest.mark.parametrize("text", ["[1]", "", "5"])
+def test_damaged_settings_are_an_error(cold, unfinished, text):
+    (unfinished / "training/settings.json").write_text(text)
+    with pytest.raises(ResumeError, match=r"settings.json cannot be read"):
+        train(cold, out=unfinished, resume=True)
+
+
+def test_what_others_put_beside_a_checkpoint_is_none(cold, unfinished):
+    (unfinished / "training/checkpoints/lost+found").mkdir()
+    (unfinished / "training/checkpoints/.DS_Store").write_text("")
+    assert_same(train(cold, out=unfinished, resume=True), train(cold))
+
+
+def test_checkpoints_go_at_once(cold, tmp_path):
+    """Half a checkpoint, left by a kill after the SAE was saved, would be taken for a damaged one."""
+    whole = train(cold)
+    real = shutil.rmtree
+
+    def killed(path, **options):
+        for file in sorted(Path(path).rglob("*.pt"))[:1]:
+            if "000000012" in file.parts:
+                file.unlink()
+                raise SystemExit
+        real(path, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            train(cold, out=tmp_path / "sae")
+    assert_same(train(cold, out=tmp_path / "sae", resume=True), whole)
+
+
+def test_two_trainings_do_not_share_a_folder(cold, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "_WAIT_S", 0.1)
+    real, tried = loop_module.Training._step, []
+
+    def step(self, batch):
+        if not tried:
+            for resume in (True, False):
+                tried.append(resume)
+                with pytest.raises(SAEFileError, match="another process"):
+                    train(cold, out=tmp_path / "sae", resume=resume)
+        return real(self, batch)
+
+    monkeypatch.setattr(loop_module.Training, "_step", step)
+    trained = train(cold, out=tmp_path / "sae", checkpoint_every=3)
+    assert tried == [True, False]
+    assert_same(VisionSAE.load(tmp_path / "sae"), trained)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_an_sae_is_not_overwritten(cold, tmp_path, resume):
+    """It may have taken days, and hold concepts."""
+    train(cold).save(tmp_path / "sae")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SAEFileError, match="holds an SAE already"):
+        train(cold, out=tmp_path / "sae", resume=resume)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("out", ["", "sae"])
+def test_the_folder_itself_stays_where_it_is_with_all_that_is_in_it(cold, tmp_path, monkeypatch, out):
+    """It may be the working directory or a mounted disk."""
+    folder = tmp_path / "here" / out
+    (folder / "notes").mkdir(parents=True)
+    (folder / "notes/1.txt").write_text("mine")
+    inode = folder.stat().st_ino
+    monkeypatch.chdir(tmp_path / "here")
+    trained = train(cold, out=out or ".")
+    assert folder.stat().st_ino == inode and (folder / "notes/1.txt").read_text() == "mine"
+    assert_same(VisionSAE.load(folder), trained)
+    assert {path.name for path in (folder / "training").iterdir()} == {"settings.json", "metrics.jsonl", "lock"}
 
 
 def test_a_finished_training_is_loaded_not_made_again(cold, tmp_path, monkeypatch):
@@ -324,6 +576,14 @@ def test_a_full_disk_loses_nothing_that_was_saved(cold, tmp_path, monkeypatch, p
     assert_same(train(cold, out=tmp_path / "sae", resume=True, checkpoint_every=4), train(cold))
 
 
+def test_a_full_disk_at_the_end_is_gone_on_with(cold, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(VisionSAE, "save", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        with pytest.raises(OSError, match=r"cannot be saved .*No space left.*resume=True"):
+            train(cold, out=tmp_path / "sae")
+    assert_same(train(cold, out=tmp_path / "sae", resume=True), train(cold))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_an_error_before_anything_is_trained(cold, tmp_path):
     tmp_path.chmod(0o500)
@@ -355,6 +615,22 @@ def test_a_loss_that_is_not_a_number_stops_at_its_step_and_keeps_the_last_good_c
         train(cold, out=tmp_path / "sae", checkpoint_every=5, log_every=log_every)
     monkeypatch.undo()
     assert_same(train(cold, out=tmp_path / "sae", resume=True, checkpoint_every=5), train(cold))
+
+
+def test_weights_that_are_not_numbers_are_never_saved(cold, tmp_path, monkeypatch):
+    """A gradient can be NaN where the loss is not."""
+    real, calls = torch.nn.utils.clip_grad_norm_, [0]
+
+    def clip(parameters, *args, **kwargs):
+        parameters, calls[0] = list(parameters), calls[0] + 1
+        if calls[0] == 5:
+            parameters[0].grad.fill_(math.nan)
+        return real(parameters, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    with pytest.raises(DivergedError, match=r"step 5 or a weight after it .* checkpoint at step 4 is good"):
+        train(cold, out=tmp_path / "sae", checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "sae/training/checkpoints").iterdir()] == ["000000004"]
 
 
 def test_too_many_broken_images_stop_it_and_are_named_in_a_log(cold, processor, photos, tmp_path):
@@ -411,6 +687,14 @@ def test_metrics_agree_with_the_trained_sae(cold, tmp_path):
     line = json.loads((tmp_path / "sae/training/metrics.jsonl").read_text())
     assert line["validation/explained_variance"] == pytest.approx(trained.stats.explained_variance, abs=1e-4)
     assert line["validation/l0"] == pytest.approx(trained.stats.l0, abs=0.01)
+
+
+def test_validation_takes_no_part_in_training_and_may_be_a_single_row(cold, tmp_path):
+    one = [{"pixel_values": BATCHES[0]["pixel_values"][:1]}]
+    for preset in ("sauce", "batchtopk"):
+        options = {"preset": preset, "options": {"k": 4} if preset == "batchtopk" else {}, "log_every": 1}
+        trained = train(cold, out=tmp_path / preset, validation=one, **options)
+        assert_same(trained, train(cold, **options))
 
 
 def test_tensorboard_gets_them(cold, tmp_path):
@@ -485,6 +769,56 @@ def test_bfloat16_autocast_trains(cold):
     assert low.sae.W_dec.dtype == torch.float32
     assert low.stats.explained_variance == pytest.approx(plain.stats.explained_variance, abs=0.05)
     assert not torch.equal(low.sae.W_dec, plain.sae.W_dec)
+
+
+def test_warnings_that_the_caller_silenced_stay_silent(cold, processor, photos):
+    options = {**SMALL, "processor": processor, "max_broken": 0.5, "batch_size": 8}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("ignore")
+        train_sae(cold, photos, **options)
+    assert not told
+    with pytest.warns(UnreadableImageWarning, match="skipped 2 of 40"):
+        train_sae(cold, photos, **options)
+
+
+def test_it_trains_in_another_thread(cold, processor, tmp_path):
+    images, trained = pictures(20), []
+    options = {"processor": processor, "batch_size": 4}
+    thread = threading.Thread(target=lambda: trained.append(train(cold, images, out=tmp_path / "sae", workers=2, **options)))
+    thread.start()
+    thread.join(60)
+    assert_same(trained[0], train(cold, images, **options))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_leaves_the_random_state_alone(processor, workers):
+    before = torch.get_rng_state()
+    list(ImageLoader(pictures(4), processor, workers=workers, shuffle=True).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_precision_that_counts_is_the_towers(cold, tmp_path):
+    cold.model.language_model.to(torch.bfloat16)
+    interrupted(cold, 6, out=tmp_path / "sae", checkpoint_every=2)
+    cold.model.language_model.to(torch.float32)
+    cold.model.vision_tower.to(torch.bfloat16)
+    with pytest.raises(ResumeError, match=r"dtype was 'torch\.float32', is 'torch\.bfloat16'"):
+        train(cold, out=tmp_path / "sae", resume=True)
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_vl"])
+def test_the_steps_are_as_many_as_the_rows_allow_where_images_are_ragged(monkeypatch, family):
+    """A batch of packed images does not say how many they are; the number of batches is known."""
+    from families import build, other_image
+
+    model, inputs = build(family)
+    images = [other_image(inputs, seed=i) for i in range(8)]
+    planned, real = [], loop_module.Schedule
+    monkeypatch.setattr(training_module, "Schedule", lambda steps, *others: (planned.append(steps), real(steps, *others))[1])
+    for rows in (8, 16_384):  # before all rows were looked at, and after
+        monkeypatch.setattr(training_module, "_SAMPLE_ROWS", rows)
+        trained = train(model, images, tokens=TokenPolicy(read="patches"), epochs=1, batch_size=4)
+        assert planned.pop() == trained.stats.n_rows // 4
 
 
 # Tokens drawn. -------------------------------------------------------------------------------------------------------
@@ -574,7 +908,7 @@ def test_a_feed_can_be_gone_on_with_at_any_batch(cold, batch, capacity, epochs, 
     def feed():
         buffer = ShuffleBuffer(batch_size=batch, capacity=capacity, generator=torch.Generator().manual_seed(3))
         stream = stream_of(cold, per_image=1)
-        return Feed(stream, buffer, epochs)
+        return Feed(stream, buffer, epochs, torch.device("cpu"))
 
     whole = list(feed())
     assert len(whole) == epochs * 64 // batch

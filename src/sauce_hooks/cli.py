@@ -125,7 +125,13 @@ def train_sae(
         ),
     ],
     out: Annotated[Path, typer.Option(file_okay=False, help="The folder to save the SAE to.")],
-    preset: Annotated[str, typer.Option(help="*sauce*: the paper's; *batchtopk*: a better modern one.")] = "sauce",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="*sauce*: the paper's; *batchtopk*: a better modern one; to compare with it: *matryoshka*, *topk*, "
+            "*jumprelu*, *gated*, *matching_pursuit*."
+        ),
+    ] = "sauce",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
     cache: Annotated[
         Path | None, typer.Option(file_okay=False, help="A folder to keep activations in, for the later epochs.")
@@ -305,6 +311,9 @@ def _describe(sae: Any, model: str, images: Path | None) -> None:
         pictures, answers = [scene.image for scene in scenes], "true"
         some = zip(scenes[:_ANSWERED], pictures, strict=False)
         answered = [Answered(picture, describe_prompt(), scene.caption) for scene, picture in some]
+    elif network.config.is_encoder_decoder:
+        typer.echo("the loss added is not measured: it takes a decoder-only language model", err=True)
+        pictures, answers, answered = images, "given", []
     else:
         pictures, answers = images, "the model's own"
         question = describe_prompt() if model == "bundled" else _as_prompt(processor, "Describe this image.")
@@ -353,12 +362,13 @@ def _not_loaded(model: str, problem: Exception) -> typer.BadParameter:
 
 def _as_prompt(processor: Any, question: str) -> str:
     """A question as the model wants it: by its chat template, or in LLaVA's plain form where it has none."""
-    if getattr(processor, "image_token", "<image>") in question:
+    placeholder = getattr(processor, "image_token", "")  # some models want none
+    if not placeholder or placeholder in question:
         return question
     if processor.chat_template:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"user: {processor.image_token} {question} assistant:"
+    return f"user: {placeholder} {question} assistant:"
 
 
 def main() -> None:

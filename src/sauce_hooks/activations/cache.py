@@ -117,6 +117,11 @@ class ActivationCache:
         return self._manifest.record
 
     @property
+    def order(self) -> dict[str, Any]:
+        """How the images came when it was filled."""
+        return self.record.order
+
+    @property
     def complete(self) -> bool:
         """Whether it holds the whole pass over the images."""
         return self._manifest.complete

@@ -337,7 +337,7 @@ def _write_whole(path: Path, parts: Sequence[memoryview]) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _blocks(parts: Sequence[memoryview]) -> Iterator[memoryview]:
@@ -352,7 +352,7 @@ def _sha256(parts: Sequence[memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """So that a new name survives a power cut; where a folder cannot be opened, the system sees to that."""
     flag: int | None = getattr(os, "O_DIRECTORY", None)
     if flag is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import warnings
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -32,8 +34,11 @@ from sauce_hooks.activations.sources import (
 from sauce_hooks.errors import ImagesError, ResumeError
 
 _log = logging.getLogger("sauce_hooks")
+_MOST_WORKERS = 16
 _JUDGED_AFTER = 100
 """Images after which the share of broken ones says something."""
+_GRACE_S = 30
+"""Seconds that a worker still works after a SIGTERM."""
 
 
 class ImageLoader:
@@ -49,7 +54,8 @@ class ImageLoader:
             sequence of such images, or batches of model inputs.
         processor: the model's processor; only batches of model inputs need none.
         batch_size: images of a batch, readable or not.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in this one. None: as many as there are cores to spare, for data that has
+            to be decoded.
         shuffle: another order every epoch. A stream's shards are ordered anew, and its rows within windows of 1,000.
         seed: decides the order.
         n_images: at most so many images of the data: the first, or with `shuffle` a choice that the seed makes once for all
@@ -58,10 +64,14 @@ class ImageLoader:
         rank: the number of this process.
         world: how many processes share the data.
         log: a file that gets a JSON line for every unreadable image, once.
+        dtype: of the floating model inputs made from images; None: as the processor makes them.
+        pin_memory: give model inputs in page-locked memory, from where a GPU takes them while the host goes on.
     """
 
     n_images: int | None
     """Images of an epoch in all processes, readable or not; None where that is not known before it ends."""
+    workers: int
+    """Processes that decode."""
     broken: dict[int, BrokenImage]
     """The unreadable images met so far, by index; those of a stream, which have none for good, numbered as they were met."""
 
@@ -71,7 +81,7 @@ class ImageLoader:
         processor: Any = None,
         *,
         batch_size: int = 64,
-        workers: int = 0,
+        workers: int | None = 0,
         shuffle: bool = False,
         seed: int = 0,
         n_images: int | None = None,
@@ -79,8 +89,10 @@ class ImageLoader:
         rank: int = 0,
         world: int = 1,
         log: Path | None = None,
+        dtype: torch.dtype | None = None,
+        pin_memory: bool = False,
     ) -> None:
-        if batch_size < 1 or workers < 0 or not 0 <= rank < world or (n_images is not None and n_images < 1):
+        if batch_size < 1 or (workers or 0) < 0 or not 0 <= rank < world or (n_images is not None and n_images < 1):
             given = f"batch_size={batch_size}, workers={workers}, rank={rank}, world={world}, n_images={n_images}"
             raise ValueError(f"no loader has {given}")
         source = find_source(images)
@@ -98,8 +110,10 @@ class ImageLoader:
         if processor is None and not isinstance(source, Batches):
             raise ImagesError(NEEDS_PROCESSOR)
         self._source = source.first(self.n_images or 0) if isinstance(source, Batches) else source
-        self._make = _Make(Prepare(processor))
-        self._workers = 0 if isinstance(source, Batches) else workers
+        self._make, self._pin_memory = _Make(Prepare(processor, dtype)), pin_memory
+        if workers is None:
+            workers = 0 if source.kind == "images" else _spare_cores()
+        self.workers = 0 if isinstance(source, Batches) else workers
         self._order = Order(shuffle, seed, 0, rank, world)
         self._batch_size, self._max_broken = batch_size, max_broken
         self._journal = _Journal(log) if log is not None else None
@@ -118,9 +132,16 @@ class ImageLoader:
         """The identity of the data, of what can be seen without reading all of it."""
         return self._source.fingerprint()
 
+    @property
+    def n_batches(self) -> int | None:
+        """Batches of an epoch in all processes, about; None where that is not known before it ends."""
+        if isinstance(self._source, Batches):
+            return len(self._source.batches)
+        return None if self.n_images is None else -(-self.n_images // self._batch_size)
+
     # Reading. ---------------------------------------------------------------------------------------------------------
 
-    def epoch(self, number: int) -> Iterator[ImageBatch]:
+    def epoch(self, number: int) -> Generator[ImageBatch, None, None]:
         """All batches of an epoch that are this process's; after `load_state_dict` of this epoch, those that remain.
 
         One epoch runs at a time. Its workers end with it, when the iterator is closed, and when nobody holds it any more.
@@ -199,13 +220,17 @@ class ImageLoader:
         """What torchdata's loader gives, from where a stream stands. Its workers end with this generator."""
         from torchdata.stateful_dataloader import StatefulDataLoader
 
+        # Its own, for without one it draws from torch's global random state, which is the caller's.
+        generator = torch.Generator().manual_seed(self._order.seed % 2**63)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*set_vital")
             loader = StatefulDataLoader(
                 data,
                 collate_fn=self._make,
-                num_workers=self._workers,
-                worker_init_fn=_ignore_interrupts if self._workers else None,
+                generator=generator,
+                num_workers=self.workers,
+                pin_memory=self._pin_memory,
+                worker_init_fn=_outlive_interrupts if self.workers else None,
                 **options,
             )
         if stream is not None and stream.stream is not None:
@@ -283,7 +308,7 @@ class ImageLoader:
         same = {"kind": self.kind, "fingerprint": self.fingerprint, "n_images": self.n_images, "shuffle": order.shuffle}
         same |= {"seed": order.seed, "batch_size": self._batch_size, "world": order.world}
         if isinstance(self._source, HubStream | Shards):  # each worker of each process has its part of a stream
-            same |= {"workers": self._workers, "rank": order.rank}
+            same |= {"workers": self.workers, "rank": order.rank}
         return same
 
 
@@ -350,13 +375,19 @@ class _Make:
             return problem
 
 
-def _ignore_interrupts(_: int) -> None:
+def _outlive_interrupts(_: int) -> None:
     """Ctrl-C goes to every process of a terminal, a scheduler's SIGTERM to every process of a job.
 
-    The training decides when its workers end: it may still need their batch before it can save itself.
+    The training decides when its workers end: it may still need their batch before it can save itself. But SIGTERM may also
+    come from an interpreter that ends and waits for them, so they leave some time after it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, _leave_later)
+
+
+def _leave_later(number: int, frame: FrameType | None) -> None:
+    signal.alarm(_GRACE_S)
 
 
 def _first(batch: ImageBatch, n: int) -> ImageBatch:
@@ -365,6 +396,12 @@ def _first(batch: ImageBatch, n: int) -> ImageBatch:
     good = int((batch.indices <= last).sum())
     inputs = cut(batch.inputs, good) if batch.inputs is not None and good else None
     return ImageBatch(inputs, batch.indices[:good], tuple(one for one in batch.broken if one.index <= last))
+
+
+def _spare_cores() -> int:
+    """Cores of this process that the tower leaves, where several processes share a machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(_MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 class _Journal:

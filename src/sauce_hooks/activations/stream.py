@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -64,6 +65,11 @@ class SharedStore:
         self._store, self._world, self._d_in, self._device = store, world, d_in, device
 
     @property
+    def order(self) -> dict[str, Any]:
+        """As the first process has it."""
+        return self._world.objects(self._store and self._store.order)[0]
+
+    @property
     def complete(self) -> bool:
         """As the first process has it."""
         return self._world.objects(self._store and self._store.complete)[0]
@@ -103,7 +109,10 @@ class SharedStore:
 
     def _everywhere(self, chunks: Iterator[Chunk] | None) -> Iterator[Chunk]:
         while True:
-            mine = next(chunks, None) if chunks is not None else None
+            try:
+                mine = next(chunks, None) if chunks is not None else None
+            except Exception as problem:  # a damaged file: for all processes to know
+                mine = problem
             found = self._world.chunks(mine, d=self._d_in, dtype=torch.bfloat16, device=self._device)
             if found is None:
                 return
@@ -147,6 +156,7 @@ class RowStream:
         self._root, self._hook_point, self._tokens, self._seed = unwrap(model), hook_point, tokens, seed
         self._first = next(p for p in hook_point.tower_module(self._root).parameters() if p.is_floating_point())
         self._position: dict[str, Any] | None = None
+        self._before: dict[str, Any] | None = None
         self.n_images = 0
         """Images that went through the tower so far, in all processes."""
 
@@ -175,7 +185,7 @@ class RowStream:
         if self._position is None:
             return None
         if self._position["loaders"] is None:
-            self._position["loaders"] = self.world.objects(self.loader.state_dict())
+            self._position["loaders"] = self.world.objects(self._before or self.loader.state_dict())
         if self.store is not None:
             self.store.flush(self._position)
         return self._position
@@ -199,11 +209,17 @@ class RowStream:
         turn, given = (position["round"], position["given"]) if position is not None else (0, 0)
         if position is not None:
             self.loader.load_state_dict(position["loaders"][self.world.rank])
-        batches = self.loader.epoch(epoch)
+        with closing(self.loader.epoch(epoch)) as batches:  # nnsight's cycles would keep them, and their workers, alive
+            yield from self._rounds(batches, epoch, turn, given)
+
+    def _rounds(self, batches: Iterator[ImageBatch], epoch: int, turn: int, given: int) -> Iterator[Chunk]:
         while True:
-            before = self.world.objects(self.loader.state_dict()) if self.world.size > 1 else None
-            batch = next(batches, None)
-            mine = None if batch is None else self._rows(batch, epoch, turn)
+            before = self.loader.state_dict() if self.world.size > 1 else None
+            try:
+                batch = next(batches, None)
+                mine = None if batch is None else self._rows(batch, epoch, turn)
+            except Exception as problem:  # for all processes to know, which would wait for this one
+                mine = problem
             chunks = self.world.chunks(mine, d=self._hook_point.d_in, dtype=self._first.dtype, device=self._first.device)
             if chunks is None:
                 self._position = None
@@ -215,8 +231,9 @@ class RowStream:
                 self._position = {
                     "round": turn + last,
                     "given": 0 if last else number + 1,
-                    "loaders": None if last else before,  # after a round, wherever the loader then stands
+                    "loaders": None,  # asked for when somebody wants the position
                 }
+                self._before = None if last else before  # after a round, wherever the loader then stands
                 self.n_images += int(chunk.images_n.unique().numel())
                 yield chunk
             turn, given = turn + 1, 0

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,12 +19,16 @@ from sauce_hooks.activations.images import to_device
 from sauce_hooks.erasure import ConceptEraser, ProjectionEdit
 from sauce_hooks.errors import ImagesError
 from sauce_hooks.evaluation.baselines import erasing, token_mean
-from sauce_hooks.hookpoint import TokenPolicy
+from sauce_hooks.hookpoint import TokenPolicy, unwrap
 from sauce_hooks.sae.vision_sae import LossAdded, VisionSAE
 
 _NOT_ASKED = -100
 """The label of a token that is no part of an answer, as PyTorch and Transformers have it."""
 _DRAWS = 2_000
+_LIKE_THE_LAST = frozenset({"cross_attention_mask", "image_attention_mask"})
+"""Inputs (of Mllama, of Idefics) that say which images a token sees: an answer's see what the question's last one does."""
+_ANSWER_TYPE = {"PaliGemmaProcessor": 1}
+"""`token_type_ids` of an answer where they are not 0: PaliGemma lets tokens of type 0 see those after them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,10 +70,15 @@ def prepare_answers(answered: Sequence[Answered], processor: Any, batch_size: in
             )
         )
         ids_bl, asked_bl = inputs["input_ids"], inputs["attention_mask"].bool()
-        tails = [torch.tensor(tokenizer(item.answer, add_special_tokens=False).input_ids + end) for item in part]
-        alike = {name: t for name, t in inputs.items() if isinstance(t, Tensor) and t.shape == ids_bl.shape}
-        types = [torch.zeros_like(tail) for tail in tails]  # of tokens: 0 is text
-        inputs |= {name: _followed(t, asked_bl, types, pad=0) for name, t in alike.items()}
+        answers = [tokenizer(item.answer, add_special_tokens=False).input_ids + end for item in part]
+        tails = [torch.tensor(answer, dtype=torch.long) for answer in answers]
+        for name, t in inputs.items():
+            if name in _LIKE_THE_LAST:
+                lasts = [row[-1:].expand(len(tail), *row.shape[1:]) for row, tail in zip(t, tails, strict=True)]
+                inputs[name] = _followed(t, asked_bl, lasts, pad=0)
+            elif isinstance(t, Tensor) and t.shape == ids_bl.shape:
+                kind = _ANSWER_TYPE.get(type(processor).__name__, 0) if name == "token_type_ids" else 0  # 0 is text
+                inputs[name] = _followed(t, asked_bl, [torch.full_like(tail, kind) for tail in tails], pad=0)
         inputs["input_ids"] = _followed(ids_bl, asked_bl, tails, pad=tokenizer.pad_token_id or 0)
         inputs["attention_mask"] = _followed(asked_bl.long(), asked_bl, [torch.ones_like(tail) for tail in tails], pad=0)
         labels_bl = _followed(torch.full_like(ids_bl, _NOT_ASKED), asked_bl, tails, pad=_NOT_ASKED)
@@ -78,12 +87,12 @@ def prepare_answers(answered: Sequence[Answered], processor: Any, batch_size: in
 
 
 def _followed(
-    questions_bl: Int[Tensor, "batch question"],
+    questions_bl: Shaped[Tensor, "batch question *rest"],
     asked_bl: Bool[Tensor, "batch question"],
     tails: Sequence[Tensor],
     *,
     pad: int,
-) -> Int[Tensor, "batch length"]:
+) -> Shaped[Tensor, "batch length *rest"]:
     """Each row's question without its padding, then its tail, then padding on the right."""
     rows = [torch.cat([row[asked], tail]) for row, asked, tail in zip(questions_bl, asked_bl, tails, strict=True)]
     return pad_sequence(rows, batch_first=True, padding_value=pad)
@@ -126,8 +135,14 @@ def loss_added(
 
     Raises:
         ImagesError: no answers.
+        ValueError: the language model is an encoder-decoder.
         SAEMismatchError: the SAE belongs to another tower.
     """
+    if getattr(unwrap(model).config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} is an encoder-decoder: its answers do not follow the question's tokens. "
+            "The loss added is measured on decoder-only language models"
+        )
     if not batches:
         raise ImagesError("no questions with answers to measure the loss on: give at least one image")
     place = sae.locate(model)
@@ -177,6 +192,7 @@ def _row_losses(model: nn.Module, batches: Sequence[AnsweredBatch]) -> Iterator[
     like = next(model.parameters())
     for batch in batches:
         logits_blv: Tensor = model(**to_device(batch.inputs, like)).logits
+        logits_blv = logits_blv[:, -batch.labels_bl.shape[1] :]  # GIT puts the image's own before the text's
         labels_bl = batch.labels_bl.to(logits_blv.device)[:, 1:]
         asked_bl = labels_bl != _NOT_ASKED
         loss_a = F.cross_entropy(logits_blv[:, :-1][asked_bl].float(), labels_bl[asked_bl], reduction="none")

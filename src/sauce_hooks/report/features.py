@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from jinja2 import Environment, StrictUndefined
+from PIL import Image
 from torch import Tensor
 
 from sauce_hooks.bank import write_text_atomically
@@ -22,6 +25,8 @@ from sauce_hooks.sae.vision_sae import DENSE_ABOVE, FeatureStats, VisionSAE
 
 _TEMPLATE = "features.html.j2"
 _BINS = 48
+_LARGEST_SIDE = 256
+"""Pixels; a larger thumbnail is not put on the page."""
 _NO_PICTURE = 2**16 - 1
 """The entry of a top image whose thumbnail is not on the page; so no more than as many thumbnails are."""
 
@@ -111,7 +116,7 @@ def headlines(sae: VisionSAE) -> list[Headline]:
         ),
     ]
     gallery = sae.gallery
-    if gallery is not None:
+    if gallery is not None and not math.isnan(gallery.null_similarity):  # of one image nothing is alike
         scores = gallery.monosemanticity_f[~gallery.monosemanticity_f.isnan()]
         found.append(
             Headline(
@@ -128,10 +133,11 @@ def headlines(sae: VisionSAE) -> list[Headline]:
             Headline(
                 "Loss added",
                 f"{loss.added:+.4f}".replace("-", "−"),
-                f"nats a token [{loss.added_low:+.4f}, {loss.added_high:+.4f}] that the language model loses when "
-                f"reconstructions take the place of activations, from {loss.original:.4f} ({loss.answers} answers, "
-                f"{loss.n_tokens:,} tokens, {loss.n_images:,} images). With the mean activation everywhere it would be "
-                f"{loss.ablated:.4f}: of that damage {_percent(loss.recovered)} is saved.".replace("-", "−"),
+                f"nats a token [{loss.added_low:+.4f}, {loss.added_high:+.4f}]".replace("-", "−")
+                + " that the language model loses when reconstructions take the place of activations, from "
+                f"{loss.original:.4f} ({loss.answers} answers, {loss.n_tokens:,} tokens, {loss.n_images:,} images). With "
+                f"the mean activation everywhere it would be {loss.ablated:.4f}: of that damage "
+                f"{_percent(loss.recovered).replace('-', '−')} is saved.",
             )
         )
     return found
@@ -151,7 +157,8 @@ def render_features(sae: VisionSAE, name: str) -> str:
     arrays = _scalars(stats, gallery)
     thumbnails, kept = "", 0
     if gallery is not None:
-        pictures = dict(sorted(gallery.thumbnails.items())[: _NO_PICTURE - 1])
+        small = {number: jpeg for number, jpeg in sorted(gallery.thumbnails.items()) if _is_small_jpeg(jpeg)}
+        pictures = dict(list(small.items())[: _NO_PICTURE - 1])
         thumbnails, kept = _joined(list(pictures.values())), len(pictures)
         arrays |= _top(gallery, list(pictures)) | {"starts": _starts(list(pictures.values()))}
     largest = arrays.get("max")
@@ -224,15 +231,23 @@ def _scalars(stats: FeatureStats, gallery: Gallery | None) -> dict[str, np.ndarr
 
 def _top(gallery: Gallery, kept: list[int]) -> dict[str, np.ndarray]:
     """Top images by their place among the kept thumbnails, and their strengths."""
-    images = gallery.images_fk.numpy()
-    place = np.full(max(kept, default=0) + 2, _NO_PICTURE, dtype="<u2")
-    place[kept] = np.arange(len(kept))
-    inside = (images >= 0) & (images < len(place))
+    images, numbers = gallery.images_fk.numpy(), np.asarray([*kept, -2])  # no image has the number -2
+    place = np.searchsorted(numbers[:-1], images)
     return {
-        "top": np.where(inside, place[np.where(inside, images, -1)], _NO_PICTURE).astype("<u2"),
+        "top": np.where(numbers[place] == images, place, _NO_PICTURE).astype("<u2"),
         "strength": gallery.strengths_fk.float().numpy().astype("<f4"),
-        "numbers": np.asarray(kept, dtype="<u4"),
+        "numbers": numbers[:-1].astype("<u4"),
     }
+
+
+def _is_small_jpeg(picture: bytes) -> bool:
+    """Whether a browser can show it cheaply; a file of a stranger may hold anything. Reads the header only."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(picture), formats=["JPEG"]) as image:
+            warnings.simplefilter("ignore")
+            return max(image.size) <= _LARGEST_SIDE
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def _padded(size: int) -> int:

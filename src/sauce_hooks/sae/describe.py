@@ -44,10 +44,6 @@ class TopImages:
         numbers_b = torch.arange(first, first + len(strength_bf), device=strength_bf.device)
         bits_fb = strength_bf.float().T.contiguous().view(torch.int32).long()
         keys_fb = torch.where(bits_fb > 0, (bits_fb << 32) | (_MOST_IMAGES - numbers_b), 0)
-        self.merge(keys_fb)
-
-    def merge(self, keys_fb: Int[Tensor, "d_sae b"]) -> None:
-        """Take in what another part of the stream gave."""
         self.keys_fk = torch.cat([self.keys_fk, keys_fb], 1).topk(self.keys_fk.shape[1], dim=1).values
 
     @property
@@ -93,13 +89,6 @@ class PairSums:
         self.fired_f += (a_bf != 0).sum(0)
         self.min_f = torch.minimum(self.min_f, a_bf.amin(0))
         self.norms += e_be.pow(2).sum()
-
-    def merge(self, other: PairSums) -> None:
-        """Take in what another part of the images gave."""
-        self.n += other.n
-        for name in ("e_e", "ae_fe", "a_f", "aa_f", "fired_f", "norms"):
-            getattr(self, name).add_(getattr(other, name))
-        self.min_f = torch.minimum(self.min_f, other.min_f)
 
     def scores(self) -> tuple[Float[Tensor, " d_sae"], float]:
         """The score of every feature, NaN if fewer than two images weigh anything; and the mean similarity of all pairs.

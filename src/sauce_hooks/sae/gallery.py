@@ -41,8 +41,12 @@ class Gallery:
 
     def __post_init__(self) -> None:
         d_sae, shape = len(self.monosemanticity_f), self.images_fk.shape
-        if shape != self.strengths_fk.shape or shape[0] != d_sae:
+        if len(shape) != 2 or shape != self.strengths_fk.shape or self.monosemanticity_f.shape != shape[:1]:
             raise ValueError(f"top images of shape {tuple(shape)} do not belong to {d_sae} features")
+        if self.images_fk.is_floating_point() or ((self.images_fk < -1) | (self.images_fk >= self.n_images)).any():
+            raise ValueError(f"top images that are no numbers of {self.n_images} images")
+        if not all(0 <= number < self.n_images for number in self.thumbnails):
+            raise ValueError(f"thumbnails of other images than the {self.n_images}")
 
     def save(self, path: Path) -> None:
         """Write one safetensors file."""
@@ -90,7 +94,7 @@ class Gallery:
                 n_images=int(facts["n_images"]),
                 thumbnails={n: data[ends[i] : ends[i + 1]] for i, n in enumerate(numbers)},
             )
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as problem:
+        except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, OSError) as problem:
             if isinstance(problem, SAEFileError):
                 raise
             raise SAEFileError(f"{path} is no gallery of features, or a damaged one: {problem!r}") from problem

@@ -8,7 +8,10 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from sauce_hooks.activations import World
 from sauce_hooks.errors import PresetError
 from sauce_hooks.sae.presets import Preset
 
@@ -88,6 +91,30 @@ def _defaults(architecture: str, d_sae: int) -> dict[str, Any]:
     if architecture == "matryoshka_batchtopk":
         return {"matryoshka_widths": sorted({max(1, round(share * d_sae)) for share in _MATRYOSHKA_SHARES})}
     return {}
+
+
+@torch.no_grad()
+def settle_threshold(
+    trained: TrainingSAE[Any], rows_nd: Float[Tensor, "n d_in"], batch_size: int, world: World | None = None
+) -> None:
+    """What BatchTopK's threshold is for the weights as they ended; training has averaged over those of the last 100 steps.
+
+    Args:
+        trained: an SAE of any architecture; one without such a threshold is left alone.
+        rows_nd: rows as it was trained on them, of many images; less than a batch changes nothing.
+        batch_size: rows of a batch, of all processes.
+        world: the processes that hold these rows and share each batch.
+    """
+    from sauce_hooks.sae.batchtopk import FromFirstBatchTopKTrainingSAE
+
+    if not isinstance(trained, FromFirstBatchTopKTrainingSAE) or len(rows_nd) < batch_size:
+        return
+    order = torch.randperm(len(rows_nd), generator=torch.Generator().manual_seed(0)).to(rows_nd.device)
+    trained.topk_threshold.zero_()
+    trained.n_threshold_updates.zero_()
+    for rows_bd in rows_nd[order].split(batch_size)[: len(rows_nd) // batch_size]:
+        mine_bd = (world or World()).share(rows_bd)
+        trained.update_topk_threshold(trained.encode_with_hidden_pre(mine_bd.to(trained.dtype))[0])
 
 
 @torch.no_grad()

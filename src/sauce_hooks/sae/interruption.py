@@ -11,7 +11,10 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """Within this, the first signal is only noted; a second one of the same kind does what it always did."""
+    """Within this, from `hold` on, a signal is only noted. A second Ctrl-C does what it always did.
+
+    A second SIGTERM is noted, too: schedulers and launchers both send one, and what comes after it is SIGKILL.
+    """
 
     def __init__(self, *, enabled: bool = True) -> None:
         """What to do: `enabled=False` leaves signals alone, as does a thread that is not the main one."""
@@ -20,16 +23,26 @@ class Interruption:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if self._enabled:
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
+
+    def hold(self) -> None:
+        """From now on there is something to save."""
+        if not self._enabled:
+            return
+        self._enabled = False
+        for number in _SIGNALS:
+            before = signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):  # None: not Python's, so that it could not be put back
+                self._before[number] = before
+                signal.signal(number, self._note)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._before.pop(number))
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

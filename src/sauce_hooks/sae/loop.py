@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sauce_hooks.activations import World
-from sauce_hooks.errors import DivergedError, ResumeError
-from sauce_hooks.sae.checkpoint import TrainingFolder
+from sauce_hooks.errors import DivergedError
+from sauce_hooks.sae.checkpoint import TrainingFolder, reading
 from sauce_hooks.sae.feed import Feed
 from sauce_hooks.sae.interruption import Interruption
 from sauce_hooks.sae.journal import Journal
@@ -67,7 +67,8 @@ class Training:
         self.trainer, self.feed, self.schedule = trainer, feed, schedule
         self._folder, self._world, self._validation_nd = folder, world, validation_nd
         self._resampling = torch.Generator().manual_seed(seed)
-        self._first_bad = torch.full((), -1, dtype=torch.long, device=trainer.cfg.device)
+        self._device = torch.device(trainer.cfg.device)
+        self._first_bad = torch.full((), -1, dtype=torch.long, device=self._device)
 
     @property
     def sae(self) -> TrainingSAE[Any]:
@@ -88,21 +89,28 @@ class Training:
             for batch_bd in self.feed:
                 if trainer.n_training_steps >= schedule.steps:
                     break
+                interruption.hold()  # until now there was nothing to save
                 output = self._step(batch_bd)
                 step = trainer.n_training_steps
                 journal.step()
-                if step % schedule.log_every == 0:
+                if step % schedule.log_every == 0 or step == schedule.steps:
                     rows = (step - began) * len(batch_bd)
                     journal.write(step, self._metrics(output), n_rows=rows, n_images=n_images())
-                stopped = self._stopped(interruption, step)
-                if stopped or step % schedule.checkpoint_every == 0:
+                if step % self._agree_every == 0 and self._stopped(interruption):
+                    break
+                if step % schedule.checkpoint_every == 0:
                     self.save()
-                if stopped:
-                    _log.warning("interrupted: step %d of %d is saved, resume=True goes on", step, schedule.steps)
-                    interruption.leave(f"step {step} is saved")
-        if output is not None:
-            self._check_finite()
-            self.save()
+            if output is not None:
+                self.save()
+            if self._stopped(interruption):
+                step = trainer.n_training_steps
+                _log.warning("interrupted: step %d of %d is saved, resume=True goes on", step, schedule.steps)
+                interruption.leave(f"step {step} is saved")
+
+    @property
+    def _agree_every(self) -> int:
+        """Steps after which several processes agree on whether to leave; one alone needs not ask."""
+        return 1 if self._world.size == 1 else self.schedule.log_every
 
     def _step(self, batch_bd: Float[Tensor, "batch d_in"]) -> Any:
         """One step of SAE-Lens's trainer. Nothing here reads from the device."""
@@ -123,24 +131,25 @@ class Training:
             trainer.n_forward_passes_since_fired[dead_f.nonzero()[:n]] = 0  # the first n were restarted
         return output
 
-    def _stopped(self, interruption: Interruption, step: int) -> bool:
-        """Whether to save and leave; several processes agree on it when they next log."""
+    def _stopped(self, interruption: Interruption) -> bool:
+        """Whether to save and leave, for all processes if one was told to."""
         if self._world.size == 1:
             return interruption.signal is not None
-        if step % self.schedule.log_every:
-            return False
-        flag = torch.tensor(interruption.signal or 0, device=self.trainer.cfg.device)
+        flag = torch.tensor(interruption.signal or 0, device=self._device)
         interruption.signal = int(self._world.reduce(flag, "max")) or None
         return interruption.signal is not None
 
     def _check_finite(self) -> None:
-        bad = self._world.reduce(self._first_bad.clone(), "max")
+        """`DivergedError` if a loss was not finite, or the last step has left weights that are not."""
+        fine = torch.stack([torch.isfinite(weight).all() for weight in self.sae.parameters()]).all()
+        bad = torch.where((self._first_bad < 0) & ~fine, self.trainer.n_training_steps, self._first_bad)
+        bad = self._world.reduce(bad, "max")
         if int(bad) >= 0:
             kept = self._folder.latest() if self._folder is not None else None
             good = f"the checkpoint at step {int(kept.name)} is good" if kept else "there is no checkpoint before it"
             raise DivergedError(
-                f"the loss at step {int(bad)} is NaN or infinite; {good}. Train with a lower lr, or with a larger "
-                "l1_coefficient warm-up; or, under bfloat16, in float32."
+                f"the loss at step {int(bad)} or a weight after it is NaN or infinite; {good}. Train with a lower lr, or "
+                "with a larger l1_coefficient warm-up; or, under bfloat16, in float32."
             )
 
     @torch.no_grad()
@@ -156,7 +165,7 @@ class Training:
             kept |= self._validated(self._validation_nd)
         values = torch.tensor(list(kept.values()), dtype=torch.float64)
         if self._world.size > 1:
-            values = self._world.reduce(values.to(trainer.cfg.device), "sum") / self._world.size
+            values = self._world.reduce(values.to(self._device), "sum") / self._world.size
         return dict(zip(kept, values.tolist(), strict=True))
 
     def _validated(self, x_nd: Float[Tensor, "n d_in"]) -> Mapping[str, float]:
@@ -171,7 +180,8 @@ class Training:
             squares += float((x_bd - mean_d).pow(2).sum())
             active += float((z_bf != 0).sum())
         self.sae.train()
-        return {"validation/explained_variance": 1 - error / squares, "validation/l0": active / len(x_nd)}
+        explained = 1 - error / squares if squares else math.nan  # one row, say, has no variance
+        return {"validation/explained_variance": explained, "validation/l0": active / len(x_nd)}
 
     # Saving and going on ------------------------------------------------------------------------------------------------
 
@@ -185,7 +195,7 @@ class Training:
             "plan": self.plan,
             "resampling": self._resampling.get_state(),
             "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "cuda": torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None,
         }
         fired = self._world.reduce(self.trainer.act_freq_scores.clone(), "sum")
         if self._world.is_first:
@@ -211,22 +221,17 @@ class Training:
         Raises:
             ResumeError: it is damaged.
         """
-        device = str(self.sae.device)
-        try:
-            self.sae.load_state_dict(torch.load(checkpoint / "sae.pt", weights_only=True, map_location=device))
+        with reading(checkpoint):
+            self.sae.load_state_dict(torch.load(checkpoint / "sae.pt", weights_only=True, map_location=self._device))
             self.trainer.load_trainer_state(checkpoint)
-            state = torch.load(checkpoint / "state.pt", weights_only=True)
+            state = torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu")
             self.feed.load_state_dict(state["feed"])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as problem:
-            raise ResumeError(
-                f"the checkpoint {checkpoint} cannot be read: {problem!r}. Remove it to start anew."
-            ) from problem
+            self._resampling.set_state(state["resampling"])
+            torch.set_rng_state(state["torch"])
+            if self._device.type == "cuda" and state["cuda"] is not None:
+                torch.cuda.set_rng_state(state["cuda"], self._device)
         if not self._world.is_first:
             self.trainer.act_freq_scores.zero_()
-        self._resampling.set_state(state["resampling"])
-        torch.set_rng_state(state["torch"])
-        if state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
 
     def finish(self) -> None:
         """What SAE-Lens records at the end of a training, over all processes."""

@@ -35,13 +35,19 @@ def joined(sae: TrainingSAE[Any], world: World) -> Generator[None]:
         return
     from torch.nn.parallel import DistributedDataParallel
 
+    from sauce_hooks.sae.batchtopk import FromFirstBatchTopKTrainingSAE
+
     alone = vars(sae).get("training_forward_pass")
+    if isinstance(sae, FromFirstBatchTopKTrainingSAE):
+        sae.choose_with(world)
     together = DistributedDataParallel(_Forward(sae))
     # A plain function on the instance: SAETrainer calls this name, and a module as an attribute would become a child.
     sae.training_forward_pass = lambda step_input: together(step_input)
     try:
         yield
     finally:
+        if isinstance(sae, FromFirstBatchTopKTrainingSAE):
+            sae.choose_with(World())
         del sae.training_forward_pass
         if alone is not None:  # a compiled one
             sae.training_forward_pass = alone

@@ -52,7 +52,7 @@ class RowSums:
             largest_f=torch.maximum(z_nf.amax(0), -z_nf.amin(0)),
             sum_d=x_nd.sum(0, dtype=torch.float64),
             squares=x_nd.double().pow(2).sum(),
-            error=(x_nd - x_hat_nd).double().pow(2).sum(),
+            error=(x_nd.double() - x_hat_nd.double()).pow(2).sum(),
         )
 
     def __add__(self, other: RowSums) -> RowSums:
@@ -69,10 +69,12 @@ class RowSums:
     def stats(self) -> FeatureStats:
         """FS, FMAV and the rest, in host memory."""
         variance = float(self.squares - self.sum_d.pow(2).sum() / self.n)
+        # Of rows all alike, only the rounding of the two sums is left.
+        varies = variance > 1e-12 * float(self.squares)
         return FeatureStats(
             frequency_f=(self.fired_f.double() / self.n).float().cpu(),
             mean_when_active_f=(self.sum_f / self.fired_f.clamp_min(1)).float().cpu(),
-            explained_variance=1 - float(self.error) / variance if variance > 0 else float("nan"),
+            explained_variance=1 - float(self.error) / variance if varies else float("nan"),
             l0=float(self.fired_f.sum()) / self.n,
             n_rows=self.n,
             largest_f=self.largest_f.float().cpu(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,14 +23,13 @@ from sauce_hooks.activations import (
     RowStream,
     SharedStore,
     ShuffleBuffer,
-    Store,
     World,
 )
-from sauce_hooks.errors import ActivationCacheError, ImagesError, PresetError
+from sauce_hooks.errors import ActivationCacheError, ImagesError, PresetError, ResumeError, UnreadableImageWarning
 from sauce_hooks.hookpoint import HookPoint, TokenPolicy, default_policy, find_hook_point, unwrap
-from sauce_hooks.sae.checkpoint import TrainingFolder
+from sauce_hooks.sae.checkpoint import TrainingFolder, changes, reading
 from sauce_hooks.sae.feed import Feed
-from sauce_hooks.sae.inference import build, for_inference
+from sauce_hooks.sae.inference import build, for_inference, settle_threshold
 from sauce_hooks.sae.initialization import center
 from sauce_hooks.sae.journal import Journal, check_trackers
 from sauce_hooks.sae.loop import Schedule, Training
@@ -53,17 +51,21 @@ _VALIDATION_ROWS = 16_384
 """Rows of other images that the SAE is tested on while it trains."""
 _BUFFER_BATCHES = 32
 """Optimiser batches that the shuffle buffer holds."""
-_MOST_WORKERS = 16
+_KEPT_BYTES = {"cuda": 8 * 2**30}
+"""Rows of at most this size are kept on the model's device for the later epochs; 2 GiB on other devices."""
 
 
 @dataclass(frozen=True)
 class _Plan:
     """What the first rows tell about all of them."""
 
-    rows_per_image: float
     n_rows: int
     """Of an epoch."""
+    steps: int
+    """Of the training."""
     in_memory: bool
+    order: dict[str, Any] | None
+    """How the images came when the cache was filled, if there is one."""
     scale: float
     """Rows are multiplied by this before training, and the SAE's weights take it up afterwards."""
 
@@ -79,7 +81,7 @@ def train_sae(
     out: str | Path | None = None,
     resume: bool = False,
     cache: str | Path | None = None,
-    keep_in_memory: int = 2 * 2**30,
+    keep_in_memory: int | None = None,
     validation: Any = None,
     n_images: int | None = None,
     max_broken: float = 0.05,
@@ -111,15 +113,17 @@ def train_sae(
         preset: a name in `PRESETS` ("sauce": the paper's; "batchtopk": a better modern one) or a `Preset`.
         hook_point: where; the penultimate block by default.
         tokens: which tokens it is trained on and an eraser will edit; the preset's by default.
-        out: a folder to save to. `training/` in it holds settings, metrics, names of broken images; checkpoints until done.
+        out: a folder to save to, with no SAE in it yet. `training/` in it holds settings, metrics and names of broken
+            images, and checkpoints until done.
         resume: go on from the checkpoint in `out`, if there is one: on a CPU the result is bit for bit that of an unbroken
             run. A training that is finished is loaded.
         cache: a folder for the rows, in bfloat16 (docs/cache.md); what an earlier training has put there is used.
-        keep_in_memory: bytes of rows (4 d_in a row) that may be kept on the model's device instead of being read again.
+        keep_in_memory: bytes of rows that may be kept on the model's device instead of being read again; by default 2 GiB,
+            8 GiB on CUDA.
         validation: other images, which metrics are also measured on.
         n_images: use so many of the images in an epoch; needed for a stream that does not say how many it has.
         max_broken: the share of images that cannot be read which ends the training.
-        workers: processes that decode images; by default as many as there are cores to spare for files, else none.
+        workers: processes that decode images; by default as many as there are cores to spare.
         image_batch_size: images a forward of the tower.
         checkpoint_every: steps between checkpoints.
         log_every: steps between metrics. Only then is anything read back from the device.
@@ -133,11 +137,13 @@ def train_sae(
     Raises:
         ImagesError: no readable image, too many broken ones, or fewer rows than a batch.
         PresetError: an unknown preset or dashboard.
+        SAEFileError: `out` cannot be written to, is in use, or holds an SAE or a training that is not to be gone on with.
+        OSError: a full disk; what was saved before is whole.
         ResumeError: settings, model or data are not those of the training to go on with; says which.
         ActivationCacheError: the cache is of another model, layer, choice of tokens or data; says which.
         NonFiniteActivationsError: NaN or infinity in an activation.
         DivergedError: NaN or infinity in the loss; the last good checkpoint is kept.
-        KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint.
+        KeyboardInterrupt, SystemExit: on SIGINT or SIGTERM, after a checkpoint if there was a step.
     """
     recipe = _recipe(preset, changes)
     hook_point = hook_point or find_hook_point(model)
@@ -145,12 +151,15 @@ def train_sae(
     world = World.current()
     check_divides(recipe.batch_size, world)
     check_trackers(log_to)
-    device = next(model.parameters()).device
+    tower = hook_point.tower_module(unwrap(model))
+    first = next(p for p in tower.parameters() if p.is_floating_point())
+    device = first.device
     folder = TrainingFolder(out) if out is not None else None
     fixed = hook_point.layout.fixed
 
     def loader_of(data: Any, **options: Any) -> ImageLoader:
-        return ImageLoader(data, processor, batch_size=image_batch_size if fixed else 1, **options)
+        size = image_batch_size if fixed else 1
+        return ImageLoader(data, processor, batch_size=size, dtype=first.dtype, pin_memory=device.type == "cuda", **options)
 
     loader = loader_of(
         images,
@@ -158,7 +167,7 @@ def train_sae(
         seed=seed,
         n_images=n_images,
         max_broken=max_broken,
-        workers=_workers(images) if workers is None else workers,
+        workers=workers,
         rank=world.rank,
         world=world.size,
         log=folder.path / "broken_images.jsonl" if folder is not None else None,
@@ -174,28 +183,35 @@ def train_sae(
         "seed": seed,
         "autocast": _autocast(autocast, device),
         "processes": world.size,
-        "dtype": str(next(model.parameters()).dtype),
+        "dtype": str(first.dtype),
+        "cache": cache is not None,  # its rows are rounded, and come in another order
     }
+    if loader.kind in ("stream", "webdataset"):  # each worker has its part of a stream
+        settings["data"]["workers"] = loader.workers
     if folder is not None and resume and folder.is_finished:
         folder.check(settings)
         return VisionSAE.load(folder.out)
+    _same_everywhere(settings, world)
     checkpoint = _open(folder, settings, resume, world)
     with (
         _leaving_nothing(folder),
-        _open_cache(cache, settings, world, device, hook_point.tower_module(unwrap(model))) as disk,
+        _open_cache(cache, settings, world, device, tower) as disk,
         warnings.catch_warnings(),
-        torch.random.fork_rng(),
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.inference_mode(False),  # whatever the caller has switched off
         torch.enable_grad(),
     ):
-        warnings.filterwarnings("once")
+        warnings.filterwarnings("once", category=UnreadableImageWarning, append=True)  # and not in every epoch
         torch.manual_seed(seed)
         stream = RowStream(model, loader, hook_point, tokens, seed=seed, store=disk or MemoryStore(), world=world)
         plan = _load_plan(checkpoint)
         sae = build(recipe, hook_point.d_in)
         if plan is None:
-            plan, center_d = _look(stream, recipe, hook_point.d_in, loader.n_images, keep_in_memory)
+            room = _KEPT_BYTES.get(device.type, 2 * 2**30) if keep_in_memory is None else keep_in_memory
+            plan, center_d = _look(stream, recipe, hook_point.d_in, room // first.element_size())
             sae.b_dec.data.copy_(center_d)
+        elif disk is not None and disk.order != plan.order:
+            raise ResumeError(f"the cache {cache} was filled in the order {disk.order}, that of the training {plan.order}")
         if disk is None and not plan.in_memory:
             stream.store = None
         sae.to(device)
@@ -207,11 +223,10 @@ def train_sae(
             capacity=min(plan.n_rows, _BUFFER_BATCHES * recipe.batch_size),
             generator=torch.Generator().manual_seed(seed),
         )
-        steps = plan.n_rows * recipe.epochs // recipe.batch_size
         training = Training(
             trainer,
-            Feed(stream, buffer, recipe.epochs),
-            Schedule(steps, checkpoint_every, log_every, recipe.resample_every),
+            Feed(stream, buffer, recipe.epochs, device),
+            Schedule(plan.steps, checkpoint_every, log_every, recipe.resample_every),
             seed=seed,
             folder=folder,
             world=world,
@@ -222,18 +237,18 @@ def train_sae(
         training.plan = asdict(plan)
         if checkpoint is not None:
             training.load(checkpoint)
-        done = trainer.n_training_steps
+        read_before = stream.n_images
         where = folder.path if folder is not None and world.is_first else None
         journal = Journal(
             where,
-            steps=steps,
-            done=done,
+            steps=plan.steps,
+            done=trainer.n_training_steps,
             log_to=log_to if world.is_first else (),
             settings=settings,
             show=progress and world.is_first,
         )
         with journal:
-            training.run(journal, lambda: stream.n_images)
+            training.run(journal, lambda: stream.n_images - read_before)
         if trainer.n_training_steps == 0:
             raise ImagesError(
                 f"{plan.n_rows} rows an epoch over {recipe.epochs} epochs make no batch of {recipe.batch_size}: "
@@ -241,13 +256,13 @@ def train_sae(
             )
         stream.position()  # a store keeps what was read, also where the steps ended before the data
         training.finish()
+        settle_threshold(sae, plan.scale * _sample(stream)[0].to(device), recipe.batch_size, world)
         trained = VisionSAE(for_inference(sae, plan.scale), hook_point, tokens, tower=hook_point.record(model))
         trained.stats = feature_stats(trained.sae, _take((c.rows_nd.float() for c in stream.epoch(0)), _STATS_ROWS))
     trained.sae.cfg.metadata.hook_name = hook_point.path
     if folder is not None:
         if world.is_first:
-            trained.save(folder.out)
-            folder.finish()
+            folder.finish(trained.save)
         world.wait()
     return trained
 
@@ -260,11 +275,6 @@ def _recipe(preset: str | Preset, changes: dict[str, Any]) -> Preset:
     if unknown:
         raise PresetError(f"train_sae has no option {', '.join(unknown)}, nor has Preset; a Preset's are {', '.join(known)}")
     return replace(PRESETS[preset] if isinstance(preset, str) else preset, **changes)
-
-
-def _workers(images: Any) -> int:
-    """Processes that decode: files need them, and one core is for the tower."""
-    return min(_MOST_WORKERS, (os.cpu_count() or 1) - 1) if isinstance(images, str | Path) else 0
 
 
 def _autocast(wanted: bool | None, device: torch.device) -> bool:
@@ -280,31 +290,56 @@ def _hash(processor: Any) -> str | None:
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _same_everywhere(settings: dict[str, Any], world: World) -> None:
+    """Processes that were started together to compare settings, say, must not be taken for one training."""
+    for rank, theirs in enumerate(world.objects(settings)):
+        if differences := changes(theirs, settings):
+            raise PresetError(
+                f"processes that are started together train one SAE, but process {rank} has other settings than process "
+                f"{world.rank}: {'; '.join(differences)}. Give all the same, or start each without torchrun or accelerate"
+            )
+
+
 def _open(folder: TrainingFolder | None, settings: dict[str, Any], resume: bool, world: World) -> Path | None:
     """The checkpoint to go on from; the first process alone writes."""
     if folder is None:
         return None
-    if world.is_first:
-        folder.open(settings, resume=resume)
-    world.wait()
+    with _together(world):
+        if world.is_first:
+            folder.open(settings, resume=resume)
     return folder.latest()
+
+
+@contextmanager
+def _together(world: World) -> Generator[None]:
+    """What fails in one process fails in all, which would wait for it."""
+    try:
+        yield
+    except Exception as problem:
+        world.agree(problem)
+        raise
+    world.agree()
 
 
 @contextmanager
 def _leaving_nothing(folder: TrainingFolder | None) -> Generator[None]:
     """What fails before the first checkpoint leaves no folder that looks like a training."""
+    if folder is None:
+        yield
+        return
     try:
         yield
     except BaseException:
-        if folder is not None:
-            folder.abandon()
+        folder.abandon()
         raise
+    finally:
+        folder.close()
 
 
 @contextmanager
 def _open_cache(
     cache: str | Path | None, settings: dict[str, Any], world: World, device: torch.device, tower: nn.Module
-) -> Generator[Store | None]:
+) -> Generator[ActivationCache | SharedStore | None]:
     if cache is None:
         yield None
         return
@@ -326,7 +361,10 @@ def _open_cache(
         dtype=settings["dtype"],
         order={name: settings[name] for name in ("seed", "image_batch_size", "processes")},
     )
-    store = ActivationCache.open(cache, record) if world.is_first else None
+    store: ActivationCache | None = None
+    with _together(world):
+        if world.is_first:
+            store = ActivationCache.open(cache, record)
     try:
         yield store if world.size == 1 else SharedStore(store, world, d_in=record.d_in, device=device)
     finally:
@@ -334,27 +372,30 @@ def _open_cache(
             store.close()
 
 
-def _look(
-    stream: RowStream, recipe: Preset, d_in: int, n_images: int, keep_in_memory: int
-) -> tuple[_Plan, Float[Tensor, " d_in"]]:
-    """The plan, and where the decoder bias starts, from the first rows of the first epoch."""
+def _sample(stream: RowStream) -> tuple[Float[Tensor, "n d_in"], int]:
+    """Rows of the first images of the first epoch, no image giving many; and how many rows the epoch will have."""
     taken: list[Tensor] = []
-    rows = images = 0
+    n_rows = 0
     for chunk in stream.epoch(0):
-        n = int(chunk.images_n.unique().numel())
-        rows, images = rows + len(chunk.rows_nd), images + n
-        if n:
-            taken.append(chunk.rows_nd[:: max(1, len(chunk.rows_nd) // (n * _SAMPLE_PER_IMAGE))].float())
+        n_rows += len(chunk.rows_nd)
+        n_images = int(chunk.images_n.unique().numel())
+        taken.append(chunk.rows_nd[:: max(1, len(chunk.rows_nd) // (n_images * _SAMPLE_PER_IMAGE))].float())
         if sum(map(len, taken)) >= _SAMPLE_ROWS:
+            n_rows = round(n_rows / len(taken) * (stream.loader.n_batches or 0))  # a chunk is a batch of images
             break
     stream.position()  # a store keeps what was read
-    sample = torch.cat(taken)
+    return torch.cat(taken), n_rows
+
+
+def _look(stream: RowStream, recipe: Preset, d_in: int, room: int) -> tuple[_Plan, Float[Tensor, " d_in"]]:
+    """The plan, with room for so many numbers in memory, and where the decoder bias starts."""
+    sample, n_rows = _sample(stream)
     scale = d_in**0.5 / float(sample.norm(dim=1).mean()) if recipe.normalize else 1.0
-    n_rows = round(n_images * rows / images)
     plan = _Plan(
-        rows_per_image=rows / images,
         n_rows=n_rows,
-        in_memory=n_rows * d_in * 4 <= keep_in_memory and recipe.epochs > 1,
+        steps=n_rows * recipe.epochs // recipe.batch_size,
+        order=None if stream.store is None or isinstance(stream.store, MemoryStore) else stream.store.order,
+        in_memory=n_rows * d_in <= room and recipe.epochs > 1,
         scale=scale,
     )
     return plan, scale * center(sample, recipe.b_dec_init)
@@ -363,7 +404,8 @@ def _look(
 def _load_plan(checkpoint: Path | None) -> _Plan | None:
     if checkpoint is None:
         return None
-    return _Plan(**torch.load(checkpoint / "state.pt", weights_only=True)["plan"])
+    with reading(checkpoint):
+        return _Plan(**torch.load(checkpoint / "state.pt", weights_only=True, map_location="cpu", mmap=True)["plan"])
 
 
 def _trainer(sae: Any, recipe: Preset, plan: _Plan, world: World, autocast: bool) -> SAETrainer[Any, Any]:
@@ -372,7 +414,7 @@ def _trainer(sae: Any, recipe: Preset, plan: _Plan, world: World, autocast: bool
 
     from sauce_hooks.sae.fast_l1 import use_fused_adam
 
-    steps = max(1, plan.n_rows * recipe.epochs // recipe.batch_size)
+    steps = max(1, plan.steps)
     own = check_divides(recipe.batch_size, world)
     config = SAETrainerConfig(
         total_training_samples=steps * own,

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -223,7 +223,7 @@ class VisionSAE:
 
     def save(self, folder: str | Path) -> None:
         """Write a folder that `VisionSAE.load` and `sae_lens.SAE.load_from_disk` both read; whole or not at all."""
-        folder = Path(folder)
+        folder = Path(folder).resolve()  # a link stays one, and what it leads to is replaced
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
@@ -293,7 +293,7 @@ class VisionSAE:
             hook_point = HookPoint.from_dict(record["hook_point"])
             tokens = TokenPolicy(**record["tokens"])
             tower = None if record["tower"] is None else TowerRecord.from_dict(record["tower"])
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, OSError) as problem:
+        except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, OSError) as problem:
             if isinstance(problem, SAEFileError):
                 raise
             raise SAEFileError(f"{folder} is damaged or foreign: {problem!r}") from problem
@@ -350,9 +350,14 @@ def _load_stats(record: dict[str, Any], path: Path, d_sae: int) -> FeatureStats:
         frequency_f=tensors["frequency"],
         mean_when_active_f=tensors["mean_when_active"],
         largest_f=tensors.get("largest"),
-        loss_added=None if loss is None else LossAdded(**loss),
-        **{name: value for name, value in record.items() if name != "loss_added"},
+        explained_variance=float(record["explained_variance"]),
+        l0=float(record["l0"]),
+        n_rows=int(record["n_rows"]),
+        loss_added=None if loss is None else LossAdded(**{f.name: _KINDS[f.type](loss[f.name]) for f in fields(LossAdded)}),
     )
+
+
+_KINDS: dict[Any, Any] = {"float": float, "int": int, "str": str}
 
 
 def _replace_folder(new: Path, target: Path) -> None:
