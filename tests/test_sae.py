@@ -277,7 +277,7 @@ def test_a_resumed_training_ends_as_an_unbroken_one(model, tmp_path, monkeypatch
     monkeypatch.undo()
     assert_equal(resumed, train(model, preset))
     assert_equal(resumed, VisionSAE.load(out))
-    assert {path.name for path in (out / "training").iterdir()} == {"settings.json", "metrics.jsonl"}
+    assert {path.name for path in (out / "training").iterdir()} == {"settings.json", "metrics.jsonl", "lock"}
 
 
 def test_an_unfinished_training_is_not_overwritten_unasked(model, tmp_path, monkeypatch):

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sauce_hooks.activations import World
 from sauce_hooks.errors import PresetError
 from sauce_hooks.sae.presets import Preset
 
@@ -94,16 +93,13 @@ def _defaults(architecture: str, d_sae: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def settle_threshold(
-    trained: TrainingSAE[Any], rows_nd: Float[Tensor, "n d_in"], batch_size: int, world: World | None = None
-) -> None:
+def settle_threshold(trained: TrainingSAE[Any], rows_nd: Float[Tensor, "n d_in"], batch_size: int) -> None:
     """What BatchTopK's threshold is for the weights as they ended; training has averaged over those of the last 100 steps.
 
     Args:
         trained: an SAE of any architecture; one without such a threshold is left alone.
         rows_nd: rows as it was trained on them, of many images; less than a batch changes nothing.
-        batch_size: rows of a batch, of all processes.
-        world: the processes that hold these rows and share each batch.
+        batch_size: rows of a batch.
     """
     from sauce_hooks.sae.batchtopk import FromFirstBatchTopKTrainingSAE
 
@@ -113,8 +109,7 @@ def settle_threshold(
     trained.topk_threshold.zero_()
     trained.n_threshold_updates.zero_()
     for rows_bd in rows_nd[order].split(batch_size)[: len(rows_nd) // batch_size]:
-        mine_bd = (world or World()).share(rows_bd)
-        trained.update_topk_threshold(trained.encode_with_hidden_pre(mine_bd.to(trained.dtype))[0])
+        trained.update_topk_threshold(trained.encode_with_hidden_pre(rows_bd.to(trained.dtype))[0])
 
 
 @torch.no_grad()
