@@ -537,7 +537,7 @@ def main(out: Path = Path("runs/scenes"), seed: int = 0, install: bool = False) 
     train(out, Recipe(seed=seed))
     if install:
         for name in ("model", "sae", "sae_paper"):
-            shutil.copytree(out / name, asset(name), dirs_exist_ok=True)
+            shutil.copytree(out / name, asset(name), dirs_exist_ok=True, ignore=shutil.ignore_patterns("training"))
 
 
 if __name__ == "__main__":
