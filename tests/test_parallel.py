@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import PartialState
 
 from sauce_hooks import TokenPolicy, VisionSAE, find_hook_point, train_sae
 from sauce_hooks.activations import Chunk, ImageLoader, RowStream, World
@@ -55,6 +56,7 @@ def in_processes(size, work):
             OMP_NUM_THREADS="1",
         )
         torch.set_num_threads(1)
+        PartialState._reset_state()  # that of this process, if another test has asked for it, knows of one process only
         work(rank)
         os._exit(0)
 

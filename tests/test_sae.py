@@ -514,3 +514,7 @@ def test_an_sae_that_is_not_ours_is_an_error_that_says_so(tmp_path):
 def test_what_is_neither_folder_nor_repository_is_an_error(source):
     with pytest.raises(SAEFileError):
         VisionSAE.load(source)
+
+
+def test_others_may_read_what_was_saved(stored):
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in stored[1].iterdir())

@@ -290,6 +290,7 @@ train_sae(build_llava(len(processor.tokenizer)), folder, processor=processor, ou
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code"), [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 128 + signal.SIGTERM), ("error", 1)]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,7 +90,8 @@ class Journal:
         self._bar.set_postfix(shown, refresh=False)
         if self._file is not None:
             with self._file.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                known = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+                file.write(json.dumps({"step": step, **known}) + "\n")
         for tracker in self._trackers:
             tracker.log(dict(metrics), step=step)
 

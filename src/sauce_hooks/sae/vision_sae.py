@@ -240,6 +240,8 @@ class VisionSAE:
                 self.gallery.save(building / _GALLERY)
             (building / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
             self.concepts.save(building / _BANK)
+            for file in building.iterdir():
+                file.chmod(0o644)  # safetensors' are for their owner alone, and an SAE is trained once for many
             _replace_folder(building, folder)
         except BaseException:
             shutil.rmtree(building, ignore_errors=True)
