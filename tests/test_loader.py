@@ -1,5 +1,6 @@
 """The loader of images: every source, every order, every place to go on from."""
 
+import contextlib
 import gc
 import io
 import json
@@ -767,9 +768,11 @@ def test_workers_outlive_signals_but_not_for_ever(home, monkeypatch):
     next(running)
     worker.join(0.3)
     assert worker.is_alive()
-    with pytest.raises(RuntimeError, match="Alarm clock"):  # so torch says of its workers
+    with contextlib.suppress(RuntimeError):  # torch says so of its workers, if it hears of it before `join` does
         worker.join(10)
-    running.close()
+    assert not worker.is_alive()
+    with contextlib.suppress(RuntimeError):
+        running.close()
 
 
 @pytest.mark.slow
