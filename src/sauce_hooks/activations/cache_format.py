@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -93,7 +93,8 @@ class CacheRecord:
                 other = difference(TowerRecord.from_dict(stored), TowerRecord.from_dict(wanted))
                 lines += [f"tower: {other}"] if other else []
             else:
-                lines += _differing(name, stored, wanted)
+                found = differing(stored, wanted, name)
+                lines += [f"{where}: stored is {then!r}, asked for is {now!r}" for where, then, now in found]
         return tuple(lines)
 
 
@@ -202,12 +203,14 @@ def _digest(data: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _differing(name: str, stored: Any, asked: Any) -> list[str]:
-    """A line for every entry that differs, at the deepest level."""
-    if isinstance(stored, dict) and isinstance(asked, dict):
-        then, now = cast(dict[str, Any], stored), cast(dict[str, Any], asked)
-        return [line for key in {**then, **now} for line in _differing(f"{name}.{key}", then.get(key), now.get(key))]
-    return [] if stored == asked else [f"{name}: stored is {stored!r}, asked for is {asked!r}"]
+def differing(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every entry in which two nested mappings differ, at the deepest level: its dotted name, and both values."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        old, new = cast(Mapping[str, Any], then), cast(Mapping[str, Any], now)
+        for key in {**old, **new}:
+            yield from differing(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+    elif then != now:
+        yield name, then, now
 
 
 def _whole(number: Any) -> int:

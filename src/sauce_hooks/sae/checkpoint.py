@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from sauce_hooks.activations.cache_format import sync_folder
+from sauce_hooks.activations.cache_format import differing, sync_folder
+from sauce_hooks.bank import write_text_atomically
 from sauce_hooks.errors import ResumeError, SAEFileError
 
 _SETTINGS, _CHECKPOINTS, _METRICS, _LOCK, _PARTIAL = "settings.json", "checkpoints", "metrics.jsonl", "lock", ".partial"
@@ -80,7 +81,7 @@ class TrainingFolder:
         try:
             shutil.rmtree(self._checkpoints, ignore_errors=True)  # what a kill left of a first one
             self._checkpoints.mkdir()
-            write_whole(self.path / _SETTINGS, json.dumps(settings, indent=1) + "\n")
+            write_text_atomically(self.path / _SETTINGS, json.dumps(settings, indent=1) + "\n")
         except OSError as problem:
             raise self._unwritable(problem) from problem
         return None
@@ -201,33 +202,16 @@ def reading(checkpoint: Path) -> Generator[None]:
         raise ResumeError(f"the checkpoint {checkpoint} cannot be read: {problem!r}. Remove it to start anew.") from problem
 
 
-def changes(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between two nested settings, in words."""
-    found: list[str] = []
-    for key in sorted({*then, *now}):
-        old, new = then.get(key), now.get(key)
-        name = f"{prefix}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += changes(cast(dict[str, Any], old), cast(dict[str, Any], new), f"{name}.")
-        elif old != new:
-            found.append(f"{name} was {_short(old)}, is {_short(new)}")
-    return found
+    return [
+        f"{name} was {_short(old)}, is {_short(new)}" for name, old, new in sorted(differing(then, now), key=lambda d: d[0])
+    ]
 
 
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    building = path.with_name(path.name + _PARTIAL)
-    try:
-        building.write_text(text)
-        os.replace(building, path)
-    except BaseException:
-        building.unlink(missing_ok=True)
-        raise
 
 
 def _lock(path: Path) -> Any:

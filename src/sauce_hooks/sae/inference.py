@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -93,17 +93,21 @@ def _defaults(architecture: str, d_sae: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def settle_threshold(trained: TrainingSAE[Any], rows_nd: Float[Tensor, "n d_in"], batch_size: int) -> None:
+def settle_threshold(trained: TrainingSAE[Any], read_rows: Callable[[], Float[Tensor, "n d_in"]], batch_size: int) -> None:
     """What BatchTopK's threshold is for the weights as they ended; training has averaged over those of the last 100 steps.
 
     Args:
         trained: an SAE of any architecture; one without such a threshold is left alone.
-        rows_nd: rows as it was trained on them, of many images; less than a batch changes nothing.
+        read_rows: gives rows as it was trained on them, of many images; called only if they are needed. Less than a batch
+            changes nothing.
         batch_size: rows of a batch.
     """
     from sauce_hooks.sae.batchtopk import FromFirstBatchTopKTrainingSAE
 
-    if not isinstance(trained, FromFirstBatchTopKTrainingSAE) or len(rows_nd) < batch_size:
+    if not isinstance(trained, FromFirstBatchTopKTrainingSAE):
+        return
+    rows_nd = read_rows()
+    if len(rows_nd) < batch_size:
         return
     order = torch.randperm(len(rows_nd), generator=torch.Generator().manual_seed(0)).to(rows_nd.device)
     trained.topk_threshold.zero_()

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
 
+from sauce_hooks.bank import write_text_atomically
 from sauce_hooks.errors import PresetError
-from sauce_hooks.sae.checkpoint import write_whole
 
 TRACKERS = ("tensorboard", "wandb")
 """Dashboards that metrics can also go to; through accelerate, which knows how to talk to them."""
@@ -54,7 +54,7 @@ class Journal:
         self._bar = tqdm(total=steps, initial=done, desc="train SAE", unit="step", disable=not show)
         self._file = folder / "metrics.jsonl" if folder is not None else None
         if self._file is not None:
-            write_whole(self._file, "".join(_lines_until(self._file, done)))
+            write_text_atomically(self._file, "".join(_lines_until(self._file, done)))
         self._trackers = [_tracker(name, folder) for name in log_to]
         for tracker in self._trackers:
             tracker.store_init_configuration(_flat(settings or {}))

@@ -256,7 +256,7 @@ def train_sae(
             )
         stream.position()  # a store keeps what was read, also where the steps ended before the data
         training.finish()
-        settle_threshold(sae, plan.scale * _sample(stream)[0].to(device), recipe.batch_size)
+        settle_threshold(sae, lambda: plan.scale * _sample(stream)[0].to(device), recipe.batch_size)
         trained = VisionSAE(for_inference(sae, plan.scale), hook_point, tokens, tower=hook_point.record(model))
         trained.stats = feature_stats(trained.sae, _take((c.rows_nd.float() for c in stream.epoch(0)), _STATS_ROWS))
     trained.sae.cfg.metadata.hook_name = hook_point.path
