@@ -13,14 +13,92 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from sauce_hooks.errors import EditError, SAEFileError, UnknownConceptError
 
 BANK_FORMAT = 1
 
 
 @dataclass(frozen=True)
+class Rate:
+    """A share, with what it was counted from."""
+
+    value: float
+    n: int
+    low: float
+    """Lower end of the 95% interval."""
+    high: float
+    """Upper end."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One setting that was tried when a concept was tuned, and what came of it."""
+
+    k: int
+    gamma: float
+    edit: str
+    figures: Mapping[str, Rate]
+    """By the names of `evaluation.METRICS`."""
+    chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an erasure was measured to do: what a user of the concept may expect on images like those."""
+
+    images: str
+    """Which images it was measured on, in words."""
+    figures: Mapping[str, Rate]
+    """With the concept erased, by the names of `evaluation.METRICS`."""
+    original: Mapping[str, Rate] = field(default_factory=dict[str, Rate])
+    """The same of the model as it is."""
+    curve: tuple[CurvePoint, ...] = ()
+    """Every setting that was tried, if the concept was tuned."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """Where in the residual stream an edit may write."""
+
+    basis_rd: Float[Tensor, "r d"]
+    """Orthonormal rows."""
+    inside: bool
+    """True: only what lies in the span is written. False: nothing that lies in it is."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Subspace) and self.inside == other.inside and torch.equal(self.basis_rd, other.basis_rd)
+
+    def __hash__(self) -> int:
+        return hash((self.inside, self.basis_rd.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A dense erasure, x′ = x − ((x − c) Rᵀ) L with R Lᵀ = 1: no feature of an SAE plays a part."""
+
+    left_rd: Float[Tensor, "r d"]
+    """L: the directions that are written."""
+    right_rd: Float[Tensor, "r d"]
+    """R: the directions that are read; equal to L where the projection is orthogonal."""
+    center_d: Float[Tensor, " d"]
+    """c: what is left where the concept was."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Projection) and all(
+            torch.equal(getattr(self, name), getattr(other, name)) for name in ("left_rd", "right_rd", "center_d")
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.left_rd.shape)
+
+
+@dataclass(frozen=True)
 class Concept:
-    """A named concept as features of one SAE."""
+    """A named concept as features of one SAE, and how it wants to be erased."""
 
     name: str
     features: tuple[int, ...]
@@ -29,14 +107,32 @@ class Concept:
     """The score of each feature, in the same order; empty if it was not scored."""
     gamma: float | None = None
     """The factor γ this concept wants (Eq. 6); None leaves it to the eraser."""
+    edit: str | None = None
+    """The edit it wants, by its name in `erasure.EDITS`; None leaves it to the eraser."""
+    means: tuple[float, ...] = ()
+    """μ(i, D_c): the mean activation of each feature over the images with the concept, for edits that need it."""
+    gates: tuple[float, ...] = ()
+    """μ(i, D_c ∪ D_nc): the mean over all images, for edits that act only above it."""
+    share: float = 0.0
+    """Edits with a gate act on a feature only in images in which it is above it on more than this share of the tokens."""
+    keep_norm: bool = False
+    """Whether every edited token gets its former norm back."""
+    subspace: Subspace | None = None
+    """Where the edit may write; None: anywhere."""
+    projection: Projection | None = None
+    """What the edit "project" does instead of editing features."""
     provenance: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False, hash=False)
     """How it was learnt: scorer, sizes of the contrast sets, tokens; for people, not read by code."""
+    effect: Effect | None = field(default=None, compare=False, hash=False)
+    """What erasing it was measured to do; None if nobody measured."""
 
     def __post_init__(self) -> None:
         if len(set(self.features)) != len(self.features) or any(f < 0 for f in self.features):
             raise EditError(f"the features of {self.name!r} must be distinct and not negative; got {self.features}")
-        if self.scores and len(self.scores) != len(self.features):
-            raise EditError(f"{self.name!r} has {len(self.features)} features but {len(self.scores)} scores")
+        for name in ("scores", "means", "gates"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.features):
+                raise EditError(f"{self.name!r} has {len(self.features)} features but {len(values)} {name}")
 
 
 class ConceptBank(Mapping[str, Concept]):

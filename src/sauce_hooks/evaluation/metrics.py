@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from scipy.stats import rankdata
 from statsmodels.stats.proportion import proportion_confint
 
+from sauce_hooks.bank import Rate
 from sauce_hooks.evaluation.answers import Answer
 from sauce_hooks.evaluation.probes import ProbeSet
 
@@ -29,18 +29,6 @@ METRICS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Every metric and what it says; all are shares, 0 to 1."""
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share, with what it was counted from."""
-
-    value: float
-    n: int
-    low: float
-    """Lower end of the 95% interval."""
-    high: float
-    """Upper end."""
 
 
 def rate(hits: Iterable[bool]) -> Rate:
