@@ -10,8 +10,8 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import TrainStepInput
 
 from sauce_hooks import ConceptEraser, TokenPolicy, VisionSAE, train_sae
-from sauce_hooks.erasure.edit import dense_delta_edit
-from sauce_hooks.erasure.merging import FeatureEdit, MergedEdit
+from sauce_hooks.erasure import Edit, MergedEdit, Rule
+from sauce_hooks.erasure.edit import dense_delta, scaled_change
 from sauce_hooks.errors import PresetError
 from sauce_hooks.sae import PRESETS, Preset
 from sauce_hooks.sae.batchtopk import FromFirstBatchTopKTrainingSAE
@@ -119,13 +119,15 @@ def test_what_an_eraser_adds_is_the_features_share_of_the_reconstruction(name, s
     sae = trained(name, True, 12).sae.requires_grad_(False)
     x = 5 * torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(seed))
     chosen = strongest(sae, x, 3)
-    edit = MergedEdit([FeatureEdit(sae, dict.fromkeys(chosen, gamma), True, "all")])
+    edit = MergedEdit([Edit("all", sae, dict.fromkeys(chosen, Rule(gamma)))])
     changed = edit(x)
     z = sae.encode(x)
     shares = sae.W_dec[chosen]
     torch.testing.assert_close(changed - x, (gamma - 1) * z[..., chosen] @ shares, atol=1e-4, rtol=1e-4)
     factors = torch.full((3,), gamma)
-    torch.testing.assert_close(changed, dense_delta_edit(x, sae, torch.tensor(chosen), factors), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        changed, x + dense_delta(x, sae, torch.tensor(chosen), scaled_change(factors)), atol=1e-4, rtol=1e-4
+    )
     silent = (z[..., chosen] == 0).all(-1)
     assert torch.equal(changed[silent], x[silent])
     alone = torch.cat([edit(row[None]) for row in x])

@@ -3,16 +3,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sauce_hooks.erasure import FeatureEdit, MergedEdit, ProjectionEdit
+from sauce_hooks.bank import Projection
+from sauce_hooks.erasure import Edit, MergedEdit, Rule
 from sauce_hooks.erasure.edit import (
     Columns,
     decode_edit,
-    dense_delta_edit,
+    dense_delta,
     project_out,
     scale_features,
+    scaled_change,
     sparse_delta_edit,
 )
-from sauce_hooks.erasure.merging import merge_gammas
+from sauce_hooks.erasure.rules import merge_rules
 from sauce_hooks.errors import EditError
 from tiny import D_IN, D_SAE, make_sae
 
@@ -44,11 +46,16 @@ def acts(seed, dtype=torch.float64, batch=3, tokens=5):
 
 
 def edit(sae, gammas, preserve_error=True, tokens="patches"):
-    return FeatureEdit(sae, gammas, preserve_error, tokens)
+    return Edit(tokens, sae, {f: Rule(gamma) for f, gamma in gammas.items()}, preserve_error)
 
 
 def tensors(gammas, dtype=torch.float64):
     return torch.tensor(list(gammas)), torch.tensor(list(gammas.values()), dtype=dtype)
+
+
+def change(gammas, dtype=torch.float64):
+    features_k, gamma_k = tensors(gammas, dtype)
+    return features_k, scaled_change(gamma_k)
 
 
 @torch.no_grad()
@@ -85,11 +92,11 @@ def test_eq6_by_hand(worked):
     assert scale_features(Z, *tensors(GAMMAS))[0].tolist() == [-1.0, 2.0, -1.5]
     # decode(C(z)) = (1, 0) − 1·(1, 0) + 2·(0, 1) − 1.5·(1, −1); the second token becomes the bias.
     literal = torch.tensor([[-1.5, 3.5], [1.0, 0.0]], dtype=torch.float64)
-    assert torch.equal(decode_edit(X, worked, *tensors(GAMMAS)), literal)
+    assert torch.equal(decode_edit(X, worked, *change(GAMMAS)), literal)
     assert torch.equal(MergedEdit([edit(worked, GAMMAS, preserve_error=False)])(X), literal)
     # decode(z) = (6, −1), so the change is (−7.5, 4.5); the second token stays.
     kept = torch.tensor([[-4.5, 6.5], [0.0, -1.0]], dtype=torch.float64)
-    assert torch.equal(dense_delta_edit(X, worked, *tensors(GAMMAS)), kept)
+    assert torch.equal(X + dense_delta(X, worked, *change(GAMMAS)), kept)
     assert torch.equal(MergedEdit([edit(worked, GAMMAS)])(X), kept)
 
 
@@ -192,11 +199,10 @@ def test_the_fast_path_is_taken_where_it_is_right_and_nowhere_else():
 
 @torch.no_grad()
 def test_fast_and_dense_are_one_function():
-    sae, chosen = make_sae("jumprelu", dtype="float64"), tensors({3: -0.5, 9: 2.0})
-    columns = Columns.of(sae, chosen[0])
-    torch.testing.assert_close(
-        sparse_delta_edit(acts(1), columns, chosen[1]), dense_delta_edit(acts(1), sae, *chosen), rtol=1e-12, atol=1e-12
-    )
+    sae, gammas = make_sae("jumprelu", dtype="float64"), {3: -0.5, 9: 2.0}
+    features_k, gamma_k = tensors(gammas)
+    sparse = sparse_delta_edit(acts(1), Columns.of(sae, features_k), gamma_k)
+    torch.testing.assert_close(sparse, acts(1) + dense_delta(acts(1), sae, *change(gammas)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -245,7 +251,7 @@ def test_of_contradicting_gammas_the_strongest_holds(seed, factors):
 
 @pytest.mark.parametrize("split", [[{3: -0.5}, {3: 2.5}], [{3: 2.5}, {3: -0.5}]])
 def test_of_factors_equally_far_from_one_the_lower_holds(split):
-    assert merge_gammas(split) == {3: -0.5}
+    assert merge_rules({f: Rule(gamma) for f, gamma in gammas.items()} for gammas in split) == {3: Rule(-0.5)}
 
 
 def test_the_same_feature_of_two_saes_is_no_contradiction():
@@ -280,18 +286,18 @@ def basis(seed, r):
 
 
 def projection(directions_rd, center=None):
-    return ProjectionEdit(
-        directions_rd, torch.zeros(D_IN, dtype=directions_rd.dtype) if center is None else center, "patches"
-    )
+    center = torch.zeros(D_IN, dtype=directions_rd.dtype) if center is None else center
+    return Edit("patches", projections=(Projection(directions_rd, directions_rd, center),))
 
 
 @given(seed=seeds, r=st.integers(1, 6))
 def test_projecting_sets_the_component_to_the_centres_and_nothing_else(seed, r):
     v, x, center = basis(seed, r), acts(seed), acts(seed + 1)[0, 0]
-    out = project_out(x, v, center)
+    out = project_out(x, v, v, v @ center)
     torch.testing.assert_close(out @ v.T, (center @ v.T).expand(3, 5, r))
     torch.testing.assert_close(out - out @ v.T @ v, x - x @ v.T @ v)
-    torch.testing.assert_close(project_out(out, v, center), out)
+    torch.testing.assert_close(project_out(out, v, v, v @ center), out)
+    torch.testing.assert_close(MergedEdit([projection(v, center)])(x), out)
 
 
 @given(seed=seeds, r=st.integers(1, 5), data=st.data())
@@ -300,12 +306,23 @@ def test_projections_unite_in_any_order_and_repetition(seed, r, data):
     parts = [projection(row[None]) for row in v]
     mixed = projection((v.sum(0) / r**0.5)[None])  # within the span of the others
     order = data.draw(st.permutations([*parts, *parts[:2], mixed]))
-    torch.testing.assert_close(MergedEdit(order)(x), project_out(x, v, torch.zeros(D_IN, dtype=x.dtype)))
+    torch.testing.assert_close(MergedEdit(order)(x), project_out(x, v, v, torch.zeros(r, dtype=x.dtype)))
 
 
-def test_projections_with_different_centres_are_an_error():
-    with pytest.raises(EditError, match="centre"):
-        MergedEdit([projection(basis(0, 1)), projection(basis(0, 1), torch.ones(D_IN, dtype=torch.float64))])
+@given(seed=seeds, n=st.integers(1, 4), data=st.data())
+def test_every_projection_of_several_reaches_its_own_centre(seed, n, data):
+    """Neither orthogonal to each other nor orthogonal projections themselves."""
+    draw = torch.Generator().manual_seed(seed)
+    left, right, centers = (torch.randn(n, D_IN, generator=draw, dtype=torch.float64) for _ in range(3))
+    right = right / (left * right).sum(1, keepdim=True)  # R Lᵀ = 1
+    edits = [
+        Edit("patches", projections=(Projection(one[None], other[None], center),))
+        for one, other, center in zip(left, right, centers, strict=True)
+    ]
+    out = MergedEdit(data.draw(st.permutations([*edits, edits[0]])))(acts(seed))
+    torch.testing.assert_close(out @ right.T, (right * centers).sum(1).expand(3, 5, n), rtol=1e-5, atol=1e-5)
+    written = (out - acts(seed)).flatten(0, 1).T
+    torch.testing.assert_close(left.T @ torch.linalg.lstsq(left.T, written).solution, written, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

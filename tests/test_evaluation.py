@@ -11,9 +11,7 @@ from sauce_hooks import (
     Concept,
     ConceptEraser,
     Results,
-    TokenPolicy,
     evaluate,
-    find_hook_point,
     read_activations,
     scenes,
 )
@@ -32,9 +30,8 @@ from sauce_hooks.evaluation import (
     prepare,
 )
 from sauce_hooks.evaluation.answers import read_description, read_yes_no
-from sauce_hooks.evaluation.baselines import difference_of_means, erasing, token_mean
 from sauce_hooks.evaluation.metrics import auroc, bootstrap_mean, rate, score
-from tiny import D_IN, D_SAE, build_llava, logits, make_vision_sae, model_inputs, pictures, snapshot
+from tiny import D_SAE, build_llava, make_vision_sae, model_inputs, pictures, snapshot
 
 # Reading answers. ----------------------------------------------------------------------------------------------------
 
@@ -363,32 +360,3 @@ def test_what_cannot_be_evaluated_is_an_error(talker, probes, processor):
         run(talker, probes, processor, methods={}, concepts=["tigr"])
     with pytest.raises(ValueError, match="methods"):
         run(talker, probes, processor)
-
-
-# The dense rival. ----------------------------------------------------------------------------------------------------
-
-
-def test_the_mean_token_is_the_mean_of_all_rows(model):
-    hook_point, batches = find_hook_point(model), [model_inputs(3, seed=1), model_inputs(2, seed=2)]
-    rows = torch.cat(list(read_activations(model, batches, hook_point)))
-    torch.testing.assert_close(token_mean(model, batches, hook_point, TokenPolicy()), rows.mean(0))
-
-
-def test_the_difference_of_means_is_projected_out():
-    positive, negative = torch.randn(2, D_IN, generator=torch.Generator().manual_seed(0))
-    edit = difference_of_means(positive, negative, TokenPolicy())
-    assert edit.directions_rd.shape == (1, D_IN)
-    torch.testing.assert_close(edit.directions_rd[0] * (positive - negative).norm(), positive - negative)
-    assert torch.equal(edit.center_d, negative)
-
-
-def test_projections_take_effect_and_leave_the_model_as_it_was(model):
-    one, other, without = torch.randn(3, D_IN, generator=torch.Generator().manual_seed(0))
-    edits = [difference_of_means(mean, without, TokenPolicy()) for mean in (one, other)]
-    before, state = logits(model), snapshot(model)
-    with erasing(model, find_hook_point(model), edits):
-        assert not torch.allclose(logits(model), before, atol=1e-4)
-    with pytest.raises(ZeroDivisionError), erasing(model, find_hook_point(model), edits):
-        raise ZeroDivisionError
-    assert snapshot(model) == state
-    assert torch.equal(logits(model), before)

@@ -3,17 +3,19 @@
 from sauce_hooks.erasure.attach import attach, attachments, check_ran, detach
 from sauce_hooks.erasure.attachment import Attachment
 from sauce_hooks.erasure.eraser import PAPER_GAMMA, ConceptEraser, merge
-from sauce_hooks.erasure.merging import FeatureEdit, MergedEdit, ProjectionEdit
+from sauce_hooks.erasure.merging import Edit, MergedEdit
+from sauce_hooks.erasure.rules import EDITS, Rule
 from sauce_hooks.erasure.status import EraserStatus
 
 __all__ = [
+    "EDITS",
     "PAPER_GAMMA",
     "Attachment",
     "ConceptEraser",
+    "Edit",
     "EraserStatus",
-    "FeatureEdit",
     "MergedEdit",
-    "ProjectionEdit",
+    "Rule",
     "attach",
     "attachments",
     "check_ran",

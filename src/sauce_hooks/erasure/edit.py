@@ -10,13 +10,18 @@ columns of F_c are ever computed, and a token on which none of them fires comes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sauce_hooks.bank import Subspace
+
+Change = Callable[[Float[Tensor, "*batch tokens k"]], Float[Tensor, "*batch tokens k"]]
+"""What is to be added to the activations of some features."""
 
 
 def scale_features(
@@ -28,22 +33,88 @@ def scale_features(
     return scaled
 
 
+def scaled_change(gamma_k: Float[Tensor, " k"]) -> Change:
+    """Δz = (γ − 1) z, as a function of z."""
+    return lambda z: z * (gamma_k.to(z.dtype) - 1)
+
+
+def gated_change(
+    z: Float[Tensor, "*batch tokens k"],
+    gamma_k: Float[Tensor, " k"],
+    offset_k: Float[Tensor, " k"],
+    gate_k: Float[Tensor, " k"],
+    share_k: Float[Tensor, " k"],
+) -> Float[Tensor, "*batch tokens k"]:
+    """Δz of z′ = γ z + offset on tokens where |z| > gate, in images where that holds on more than `share` of the tokens."""
+    change = (gamma_k - 1) * z + offset_k * z.sign()
+    return torch.where(gates_open(z, gate_k, share_k), change, 0)
+
+
+def gates_open(
+    z: Float[Tensor, "*batch tokens k"], gate_k: Float[Tensor, " k"], share_k: Float[Tensor, " k"]
+) -> Bool[Tensor, "*batch tokens k"]:
+    """Where a feature is above its gate, in images where it is so on more than a share of the tokens."""
+    above = z.abs() > gate_k
+    return above & (above.float().mean(-2, keepdim=True) > share_k)
+
+
 def decode_edit(
-    x: Float[Tensor, "*batch d"], sae: Any, features_k: Int[Tensor, " k"], gamma_k: Float[Tensor, " k"]
-) -> Float[Tensor, "*batch d"]:
+    x: Float[Tensor, "*batch tokens d"], sae: Any, features_k: Int[Tensor, " k"], change: Change
+) -> Float[Tensor, "*batch tokens d"]:
     """x′ = decode(C(encode(x))): the paper to the letter. The reconstruction error of every token goes into the model."""
-    return sae.decode(scale_features(sae.encode(x), features_k, gamma_k))
+    z = sae.encode(x)
+    edited = z.clone()
+    edited[..., features_k] += change(z[..., features_k]).to(z.dtype)
+    return sae.decode(edited)
 
 
-def dense_delta_edit(
-    x: Float[Tensor, "*batch d"], sae: Any, features_k: Int[Tensor, " k"], gamma_k: Float[Tensor, " k"]
-) -> Float[Tensor, "*batch d"]:
-    """x′ = x + (decode(C(z)) − decode(z)), from the whole encoder and decoder: right for every architecture.
+def dense_delta(
+    x: Float[Tensor, "*batch tokens d"], sae: Any, features_k: Int[Tensor, " k"], change: Change
+) -> Float[Tensor, "*batch tokens d"]:
+    """x′ − x = decode(C(z)) − decode(z), from the whole encoder and decoder: right for every architecture.
 
     z is computed anew for each decoding: an SAE that normalises at run time hands the scale from one to the other.
     """
-    change = decode_edit(x, sae, features_k, gamma_k) - sae.decode(sae.encode(x))
-    return x + change.to(x.dtype)
+    return decode_edit(x, sae, features_k, change) - sae.decode(sae.encode(x))
+
+
+def confined(change: Float[Tensor, "*batch d"], subspace: Subspace | None) -> Float[Tensor, "*batch d"]:
+    """What of a change may be written: Δ Bᵀ B inside a subspace with the orthonormal rows B, or Δ − Δ Bᵀ B outside it."""
+    if subspace is None:
+        return change
+    basis_rd = subspace.basis_rd.to(change)
+    along = (change @ basis_rd.T) @ basis_rd
+    return along if subspace.inside else change - along
+
+
+def keep_norm(edited: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """x′ ‖x‖ / ‖x′‖: every changed token gets its former norm back; one that was not changed stays bit-identical."""
+    fine = torch.promote_types(x.dtype, torch.float32)
+    before, after = (torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=fine) for t in (x, edited))
+    factor = before / after.clamp_min(torch.finfo(fine).tiny)
+    return torch.where((edited != x).any(-1, keepdim=True), (edited * factor).to(x.dtype), edited)
+
+
+def sources(
+    x: Float[Tensor, "*batch tokens d"], bare: Float[Tensor, "*batch tokens d"], flagged: Bool[Tensor, "*batch tokens"]
+) -> Int[Tensor, "*batch tokens"]:
+    """Which token of an image takes the place of each: itself, or for a flagged one the most similar that is not flagged.
+
+    Args:
+        x: the image's tokens.
+        bare: the same without the features that flag: what a flagged token would be like without the concept.
+        flagged: the tokens to be replaced.
+
+    Returns:
+        Positions; −1 for a flagged token of an image in which every token is flagged: there is nothing to take.
+    """
+    own = torch.arange(x.shape[-2], device=x.device).expand(flagged.shape)
+    if not bool(flagged.any()):
+        return own
+    distance = torch.cdist(bare.float(), x.float())
+    nearest = distance.masked_fill(flagged[..., None, :], torch.inf).argmin(-1)
+    nearest = torch.where(flagged.all(-1, keepdim=True), -1, nearest)
+    return torch.where(flagged, nearest, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +176,7 @@ class Columns:
 def sparse_delta_edit(
     x: Float[Tensor, "*batch d"], columns: Columns, gamma_k: Float[Tensor, " k"]
 ) -> Float[Tensor, "*batch d"]:
-    """`dense_delta_edit` from the chosen columns alone: O(k d) a token instead of O(d_sae d)."""
+    """X + `dense_delta` of `scaled_change` from the chosen columns alone: O(k d) a token instead of O(d_sae d)."""
     return x + (columns.encode(x) * (gamma_k - 1)) @ columns.W_dec_kd
 
 
@@ -130,7 +201,14 @@ def add_sparse_delta_(
 
 
 def project_out(
-    x: Float[Tensor, "*batch d"], directions_rd: Float[Tensor, "r d"], center_d: Float[Tensor, " d"]
+    x: Float[Tensor, "*batch d"],
+    left_rd: Float[Tensor, "r d"],
+    right_rd: Float[Tensor, "r d"],
+    target_r: Float[Tensor, " r"],
 ) -> Float[Tensor, "*batch d"]:
-    """x′ = x − ((x − c) Vᵀ) V for orthonormal rows V: the dense rival, no SAE. What lies along V is set to that of c."""
-    return x - ((x - center_d) @ directions_rd.T) @ directions_rd
+    """x′ = x − (x Rᵀ − t) L with R Lᵀ = 1: what R reads of a token is set to t, and only L is written. No SAE.
+
+    With L = R = v̂ᵀ, the normed difference of means, and t = v̂ · μ_nc: the projection off it. With those of LEACE (arXiv
+    2306.03819) no linear classifier finds the concept.
+    """
+    return x - (x @ right_rd.T - target_r) @ left_rd

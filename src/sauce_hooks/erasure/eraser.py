@@ -6,15 +6,17 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
 
-from sauce_hooks.bank import Concept, ConceptBank
+from sauce_hooks.bank import Concept, ConceptBank, Projection
 from sauce_hooks.erasure.apply import edit_output
 from sauce_hooks.erasure.attach import attach, attachments, check_ran, check_read, detach
 from sauce_hooks.erasure.attachment import Attachment, Scope
 from sauce_hooks.erasure.decorate import decorated
-from sauce_hooks.erasure.merging import FeatureEdit, merge_edits
+from sauce_hooks.erasure.merging import Edit, merge_edits
+from sauce_hooks.erasure.rules import EDITS, Rule
 from sauce_hooks.erasure.status import EraserStatus, status_of
 from sauce_hooks.errors import EditError, EraserStateError, SAEMismatchError
 from sauce_hooks.hookpoint import HookPoint, unwrap
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 PAPER_GAMMA = -0.5
 """The paper's γ (Section 4.1)."""
+PROJECT = "project"
+"""The edit that needs no feature: `Concept.projection`."""
 
 ConceptLike = str | Concept | Sequence[int]
 
@@ -51,7 +55,10 @@ class ConceptEraser:
         gamma: the factor γ of Eq. 6 for every feature. None: each concept's own, and the paper's −0.5 where it has none.
         preserve_error: keep the SAE's reconstruction error, x′ = x + Σ (γ−1) z_i W_dec[i]. False is the paper to the
             letter, x′ = decode(C(z)), which puts the error of every token into the model.
-        edit: "scale" (Eq. 6).
+        edit: how. "scale": z′ = γ z (Eq. 6). "gated": only where z is above its mean, by factors in proportion to what each
+            feature does on the concept (SAeUron). "clamp": there z′ = γ μ_c (Dynamic SAE Guardrails). "replace": there the
+            token becomes another one of its image (PER). "project": no feature, the concept's dense projection instead.
+            None: each concept's own, and "scale" where it has none.
         scope: "model" erases whatever goes through the model while it is on, in every thread (so that `generate` in a thread
             of its own, as streaming has it, is erased too). "task" erases only what the thread or asyncio task that entered
             it runs, and what is started with its context (`asyncio.to_thread`, `contextvars.copy_context().run`).
@@ -77,15 +84,15 @@ class ConceptEraser:
         *,
         gamma: float | None = None,
         preserve_error: bool = True,
-        edit: Literal["scale"] = "scale",
+        edit: str | None = None,
         scope: Scope = "model",
         hook_point: HookPoint | None = None,
         bank: ConceptBank | None = None,
         allow_mismatch: bool = False,
         allow_bypass: bool = False,
     ) -> None:
-        if edit != "scale":
-            raise EditError(f"unknown edit {edit!r}; known: 'scale'")
+        if edit not in (None, PROJECT, *EDITS):
+            raise EditError(f"unknown edit {edit!r}; known: {', '.join(map(repr, (*EDITS, PROJECT)))}")
         if scope not in get_args(Scope):
             raise EditError(f"unknown scope {scope!r}; known: {', '.join(map(repr, get_args(Scope)))}")
         if not isinstance(sae, VisionSAE):
@@ -102,12 +109,12 @@ class ConceptEraser:
         self.scope: Scope = scope
         self.allow_bypass = allow_bypass
         self._bank = sae.concepts if bank is None else sae.concepts | bank
-        self._gamma, self._preserve_error = gamma, preserve_error
+        self._gamma, self._preserve_error, self._kind = gamma, preserve_error, edit
         self.concepts = self._resolve([concepts] if isinstance(concepts, str) else concepts)
         self.edit = self._edit(self.concepts)
         self.rows: tuple[tuple[Concept, ...], ...] | None = None
         """The concepts of each row of a batch, if this is an eraser for rows."""
-        self._row_edits: tuple[FeatureEdit, ...] | None = None
+        self._row_edits: tuple[Edit, ...] | None = None
         self._sizes: tuple[int, ...] | None = None
         self._lock = threading.Lock()
         self._attachments: tuple[Attachment, ...] = ()
@@ -118,7 +125,7 @@ class ConceptEraser:
     def features(self) -> tuple[int, ...]:
         """Every feature that is edited, each once."""
         edits = (self.edit, *(self._row_edits or ()))
-        return tuple(dict.fromkeys(feature for edit in edits for feature in edit.gammas))
+        return tuple(dict.fromkeys(feature for edit in edits for feature in edit.rules))
 
     @property
     def attached(self) -> bool:
@@ -256,31 +263,32 @@ class ConceptEraser:
     def _resolve(self, concepts: Sequence[ConceptLike]) -> tuple[Concept, ...]:
         return tuple(_resolve(concept, self._bank) for concept in concepts)
 
-    def _edit(self, concepts: Iterable[Concept]) -> FeatureEdit:
-        edits = [
-            FeatureEdit(
-                self.sae.sae,
-                _gammas(concept, self._gamma, self.sae.d_sae),
-                self._preserve_error,
-                self.sae.tokens.edit,
-                stated=self._gamma is not None,
+    def _edit(self, concepts: Iterable[Concept]) -> Edit:
+        nothing = Edit(self.sae.tokens.edit, self.sae.sae, preserve_error=self._preserve_error)
+        return merge_edits([nothing, *(self._edit_of(concept, nothing) for concept in concepts)])
+
+    def _edit_of(self, concept: Concept, nothing: Edit) -> Edit:
+        kind = self._kind or concept.edit or "scale"
+        if kind == PROJECT:
+            return replace(nothing, projections=(_projection(concept, self.sae.d_in),), keep_norm=concept.keep_norm)
+        rules = _rules(concept, kind, self._gamma, self.sae.d_sae)
+        if self.hook_point.layout.shape == "packed" and any(rule.share or rule.replace for rule in rules.values()):
+            raise EditError(
+                f"the edit {kind!r} of {concept.name!r} looks at all tokens of an image, but {self.hook_point.path} "
+                "packs the patches of all images into one row, where one cannot be told from the next: use edit='scale'"
             )
-            for concept in concepts
-        ]
-        nothing = FeatureEdit(self.sae.sae, {}, self._preserve_error, self.sae.tokens.edit)
-        return merge_edits(edits) if edits else nothing
+        return replace(nothing, rules=rules, keep_norm=concept.keep_norm)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are off, whatever the original is."""
-        edits = [(edit.gammas, edit.stated) for edit in (self.edit, *(self._row_edits or ()))]
+        edits = [replace(edit, sae=None) for edit in (self.edit, *(self._row_edits or ()))]  # the SAE pickles itself
         state = {key: value for key, value in vars(self).items() if key not in ("_lock", "edit", "_row_edits")}
         return {**state, "_attachments": (), "_astray": 0, "edits": edits}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         edits = state.pop("edits")
         vars(self).update(state, _lock=threading.Lock())
-        tokens, sae = self.sae.tokens.edit, self.sae.sae
-        self.edit, *rows = (FeatureEdit(sae, gammas, self._preserve_error, tokens, stated) for gammas, stated in edits)
+        self.edit, *rows = (replace(edit, sae=self.sae.sae) for edit in edits)
         self._row_edits = None if self.rows is None else tuple(rows)
 
     def __repr__(self) -> str:
@@ -300,14 +308,40 @@ def _resolve(concept: ConceptLike, bank: ConceptBank) -> Concept:
     return Concept(name=f"features {list(features)}", features=features)
 
 
-def _gammas(concept: Concept, gamma: float | None, d_sae: int) -> dict[int, float]:
+def _rules(concept: Concept, kind: str, gamma: float | None, d_sae: int) -> dict[int, Rule]:
+    """What an edit does to each feature of a concept."""
     outside = [feature for feature in concept.features if feature >= d_sae]
     if outside:
         raise EditError(
             f"{concept.name!r} names feature {outside[0]}, but this SAE has only {d_sae}: another SAE's concept?"
         )
+    if kind not in EDITS:
+        raise EditError(
+            f"{concept.name!r} wants the edit {kind!r}, which this version does not know; it knows "
+            f"{', '.join((*EDITS, PROJECT))}. A newer sauce_hooks may, or say edit='scale'."
+        )
+    if not concept.features and concept.projection is not None:
+        raise EditError(
+            f"{concept.name!r} has no features, only a projection: leave edit={kind!r} out, or say edit='project'"
+        )
     factor = next(g for g in (gamma, concept.gamma, PAPER_GAMMA) if g is not None)
-    return dict.fromkeys(concept.features, factor)
+    rules = EDITS[kind](concept, factor)
+    return rules if gamma is None else {feature: replace(rule, stated=gamma) for feature, rule in rules.items()}
+
+
+def _projection(concept: Concept, d_in: int) -> Projection:
+    projection = concept.projection
+    if projection is None:
+        raise EditError(
+            f"{concept.name!r} has no projection: learn one with sauce_hooks.learn_projection(model, sae, name, positives, "
+            "negatives), or use another edit"
+        )
+    if projection.left_rd.shape[-1] != d_in:
+        raise EditError(
+            f"the projection of {concept.name!r} is {projection.left_rd.shape[-1]} wide, and the hook point {d_in}: another "
+            "tower's concept?"
+        )
+    return projection
 
 
 def merge(erasers: Iterable[ConceptEraser]) -> ConceptEraser:

@@ -6,16 +6,30 @@ edits name is edited once: nesting must not scale it twice, for (−0.5)² would
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sauce_hooks.erasure.edit import Columns, add_sparse_delta_, decode_edit, dense_delta_edit, project_out
+from sauce_hooks.bank import Projection
+from sauce_hooks.erasure.edit import (
+    Change,
+    Columns,
+    add_sparse_delta_,
+    confined,
+    decode_edit,
+    dense_delta,
+    gated_change,
+    gates_open,
+    keep_norm,
+    project_out,
+    sources,
+)
+from sauce_hooks.erasure.rules import Rule, merge_rules
 from sauce_hooks.errors import EditError
 from sauce_hooks.hookpoint import EditTokens
 
@@ -27,60 +41,36 @@ Positions = Sequence[int] | None
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureEdit:
-    """Scale features of an SAE (Eq. 6)."""
+class Edit:
+    """What is done at one place: features of an SAE by rules, subspaces projected out, or both."""
 
-    sae: SAE[Any]
-    gammas: dict[int, float]
-    """The factor γ of each feature; 1 leaves it alone."""
-    preserve_error: bool
     tokens: EditTokens
-    stated: bool = False
-    """Whether the factors are the user's own word, which another word cannot contradict, or the concepts' own."""
+    sae: SAE[Any] | None = None
+    rules: Mapping[int, Rule] = field(default_factory=dict[int, Rule])
+    """What happens to each feature."""
+    preserve_error: bool = True
+    projections: tuple[Projection, ...] = ()
+    keep_norm: bool = False
+    """Whether every edited token gets its former norm back."""
+
+    @property
+    def gammas(self) -> dict[int, float]:
+        """The factor γ of each feature; 1 leaves it alone."""
+        return {feature: rule.gamma for feature, rule in self.rules.items()}
 
 
-@dataclass(frozen=True, eq=False)
-class ProjectionEdit:
-    """Remove a subspace, without an SAE: what lies along it becomes what the centre has there."""
-
-    directions_rd: Float[Tensor, "r d"]
-    center_d: Float[Tensor, " d"]
-    tokens: EditTokens
-
-
-Edit = FeatureEdit | ProjectionEdit
-
-
-def merge_gammas(all_gammas: Iterable[dict[int, float]]) -> dict[int, float]:
-    """One factor a feature: where several edits name it, the strongest, which is the one furthest from 1.
-
-    Concepts tuned apart may share a feature and want different factors; the strongest forgets all of them. The rule is
-    commutative, associative and idempotent, so the order and the nesting of erasers never matter.
-    """
-    merged: dict[int, float] = {}
-    for gammas in all_gammas:
-        for feature, gamma in gammas.items():
-            merged[feature] = max(merged.get(feature, 1.0), gamma, key=lambda g: (abs(g - 1), -g))
-    return merged
-
-
-def merge_edits(edits: Sequence[FeatureEdit]) -> FeatureEdit:
-    """Edits of one SAE as one: `merge_gammas`, but factors that a user stated must agree.
+def merge_edits(edits: Sequence[Edit]) -> Edit:
+    """Edits of one SAE as one; the strongest rule for each feature.
 
     Raises:
-        EditError: two of them state different factors for one feature.
+        EditError: a user stated different factors for one feature.
     """
-    stated: dict[int, float] = {}
-    for edit in edits:
-        for feature, gamma in edit.gammas.items() if edit.stated else ():
-            if stated.setdefault(feature, gamma) != gamma:
-                raise EditError(
-                    f"contradicting factors for feature {feature}: γ = {stated[feature]} and γ = {gamma}. Give the erasers "
-                    "one factor, or leave gamma out: then the strongest of the concepts' own factors holds."
-                )
-    first = edits[0]
-    gammas = merge_gammas(edit.gammas for edit in edits)
-    return FeatureEdit(first.sae, gammas, first.preserve_error, first.tokens, all(edit.stated for edit in edits))
+    return replace(
+        edits[0],
+        rules=merge_rules(edit.rules for edit in edits),
+        projections=_distinct(p for edit in edits for p in edit.projections),
+        keep_norm=any(edit.keep_norm for edit in edits),
+    )
 
 
 class MergedEdit:
@@ -91,25 +81,35 @@ class MergedEdit:
         if len(policies) > 1:
             raise EditError(f"edits of different tokens ({', '.join(sorted(policies))}) cannot be merged at one place")
         self.tokens: EditTokens = policies.pop() if policies else "all"
-        features = [edit for edit in edits if isinstance(edit, FeatureEdit)]
-        saes = {id(edit.sae): edit.sae for edit in features}
-        kept = {edit.preserve_error for edit in features}
-        if len(kept) > 1 or (kept == {False} and (len(saes) > 1 or len(features) < len(edits))):
+        of_features = [edit for edit in edits if edit.sae is not None]
+        projections = _distinct(p for edit in edits for p in edit.projections)
+        saes = {id(edit.sae): edit.sae for edit in of_features}
+        kept = {edit.preserve_error for edit in of_features}
+        if len(kept) > 1 or (kept == {False} and (len(saes) > 1 or len(of_features) < len(edits) or projections)):
             raise EditError(
                 "an edit without the reconstruction error (preserve_error=False) replaces the whole activation, so it "
                 "merges only with edits of the same SAE that drop it too"
             )
-        merged = [(sae, merge_edits([e for e in features if e.sae is sae]).gammas) for sae in saes.values()]
-        scaled = (_scaled(sae, gammas, kept == {True}) for sae, gammas in merged)
-        self._changes: list[_Sparse | _Dense | _Projected] = [change for change in scaled if change is not None]
-        projections = [edit for edit in edits if isinstance(edit, ProjectionEdit)]
+        self._keep_norm = any(edit.keep_norm for edit in edits)
+        self._changes: list[_Sparse | _Ruled | _Decoded | _Projected] = []
+        replaced: list[_Ruled] = []
+        for sae in saes.values():
+            assert sae is not None
+            rules = merge_rules(edit.rules for edit in of_features if edit.sae is sae)
+            if kept == {False}:
+                self._changes.append(_Decoded(sae, rules))
+                continue
+            rules = {feature: rule for feature, rule in rules.items() if not rule.is_null}
+            self._changes += _changes(sae, {f: rule for f, rule in rules.items() if not rule.replace})
+            replaced += _ruled(sae, {f: rule for f, rule in rules.items() if rule.replace})
         if projections:
             self._changes.append(_Projected(projections))
+        self._replaced = replaced
 
     @property
     def is_null(self) -> bool:
         """True if no activation can change."""
-        return not self._changes
+        return not self._changes and not self._replaced
 
     def __call__(self, x: Float[Tensor, "*batch tokens d"], chosen: Positions = None) -> Float[Tensor, "*batch tokens d"]:
         """The edited activations, in the dtype and on the device of `x`; tokens not `chosen` stay as they are."""
@@ -117,88 +117,177 @@ class MergedEdit:
             out = x.clone(memory_format=torch.contiguous_format)
             for change in self._changes:
                 change.add_to(out, x, chosen)
-        return out
+            if self._replaced:
+                where = _where(chosen)
+                out[..., where, :] = _replace(out[..., where, :], x[..., where, :], self._replaced)
+            return keep_norm(out, x) if self._keep_norm else out
 
 
 class _Sparse:
     """Features scaled, from their columns alone."""
 
-    def __init__(self, columns: Columns, gamma_k: Float[Tensor, " k"]) -> None:
-        self._columns, self._gamma_k = columns, gamma_k
+    def __init__(self, columns: Columns, rules: Sequence[Rule]) -> None:
+        gamma_k = torch.tensor([rule.gamma for rule in rules], device=columns.W_dec_kd.device, dtype=columns.W_dec_kd.dtype)
+        self._columns, self._written_kd = columns, _confined_rows((gamma_k - 1)[:, None] * columns.W_dec_kd, rules)
         self._placed: dict[tuple[torch.device, torch.dtype], list[tuple[Columns, Tensor]]] = {}
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
         place = (x.device, x.dtype)
         if place not in self._placed:
-            written_kd = ((self._gamma_k - 1)[:, None] * self._columns.W_dec_kd).to(*place)
+            written_kd = self._written_kd.to(*place)
             parts = self._columns.to(*place).parts(max(1, x.shape[-1] // 2))  # z is half as wide as x at most
             self._placed[place] = [(columns, written_kd[part]) for part, columns in parts]
         kept = None if chosen is None else _kept(tuple(chosen), x.shape[:-1], *place)
         add_sparse_delta_(out, x, self._placed[place], kept)
 
 
-class _Dense:
-    """Features scaled, through the whole SAE: right for every architecture. The activations come to the SAE."""
+class _Rules:
+    """Rules of several features as tensors, where their SAE is."""
 
-    def __init__(self, sae: SAE[Any], gammas: dict[int, float], preserve_error: bool) -> None:
-        self._sae, self._preserve_error = sae, preserve_error
-        self._features_k, self._gamma_k = _tensors(sae, gammas)
+    def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
+        features = sorted(rules)
+        table = [[rule.gamma, rule.offset, rule.gate, rule.share] for rule in (rules[f] for f in features)]
+        values = torch.tensor(table, device=sae.W_dec.device, dtype=sae.W_dec.dtype).reshape(-1, 4)
+        self.features_k = torch.tensor(features, dtype=torch.long, device=sae.W_dec.device)
+        self._gamma_k, self._offset_k, self._gate_k, self._share_k = values.T.contiguous()
+
+    def change(self, z: Tensor) -> Tensor:
+        """Δz."""
+        return gated_change(z, self._gamma_k, self._offset_k, self._gate_k, self._share_k).to(z.dtype)
+
+    def opened(self, z: Tensor) -> Tensor:
+        """Where a gate is open."""
+        return gates_open(z, self._gate_k, self._share_k)
+
+
+class _Ruled:
+    """Features changed by their rules, from their columns where there are such, else through the whole SAE.
+
+    The activations come to the SAE. All features have one subspace: what is decoded is confined to it as a whole.
+    """
+
+    def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
+        self._sae, self._rules = sae, _Rules(sae, rules)
+        self._columns = Columns.of(sae, self._rules.features_k)
+        self._subspace = next(iter(rules.values())).subspace
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
         where, part = _part(x, chosen, self._sae.W_dec)
-        if self._preserve_error:
-            edited = dense_delta_edit(part, self._sae, self._features_k, self._gamma_k)
-            out[..., where, :] += (edited - part).to(x.device, x.dtype)
-        else:  # alone at its place, as `MergedEdit` has made sure
-            edited = decode_edit(part, self._sae, self._features_k, self._gamma_k)
-            out[..., where, :] = edited.to(x.device, x.dtype)
+        out[..., where, :] += confined(self._delta(part, self._rules.change), self._subspace).to(x.device, x.dtype)
+
+    def found(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens on which a gate is open; and what would have to be added there to take these features out."""
+        part = x.to(self._sae.W_dec.device, torch.promote_types(x.dtype, self._sae.W_dec.dtype))
+        columns = self._columns_for(part)
+        z = self._sae.encode(part)[..., self._rules.features_k] if columns is None else columns.encode(part)
+        opened = self._rules.opened(z)
+        change = self._delta(part, lambda z: torch.where(opened, -z, 0))
+        return opened.any(-1).to(x.device), change.to(x.device, x.dtype)
+
+    def _delta(self, part: Tensor, change: Change) -> Tensor:
+        columns = self._columns_for(part)
+        if columns is None:
+            return dense_delta(part, self._sae, self._rules.features_k, change)
+        return change(columns.encode(part)) @ columns.W_dec_kd
+
+    def _columns_for(self, part: Tensor) -> Columns | None:
+        return None if self._columns is None else self._columns.to(part.device, part.dtype)
+
+
+class _Decoded:
+    """The whole activation decoded anew, without the error. Alone at its place, as `MergedEdit` has made sure."""
+
+    def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
+        if any(rule.replace or rule.subspace is not None for rule in rules.values()):
+            raise EditError(
+                "an edit that replaces tokens or is confined to a subspace keeps the reconstruction error of the SAE: leave "
+                "preserve_error=False out"
+            )
+        self._sae, self._rules = sae, _Rules(sae, rules)
+
+    def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
+        where, part = _part(x, chosen, self._sae.W_dec)
+        edited = decode_edit(part, self._sae, self._rules.features_k, self._rules.change)
+        out[..., where, :] = edited.to(x.device, x.dtype)
 
 
 class _Projected:
-    """The union of the subspaces of several projections taken out."""
+    """The union of several projections: what any of them reads is set to its target, and only what they write changes."""
 
-    def __init__(self, edits: Sequence[ProjectionEdit]) -> None:
-        self._center_d = edits[0].center_d
-        if any(not torch.equal(edit.center_d, self._center_d) for edit in edits):
-            raise EditError("projections with different centres cannot be merged at one place")
-        stacked = torch.cat([edit.directions_rd for edit in edits])
-        # An orthonormal basis of the union: a direction that several edits name is removed once.
-        _, singular, basis = torch.linalg.svd(stacked.double(), full_matrices=False)
-        self._basis_rd = basis[singular > 1e-6 * singular.max()].to(stacked.dtype)
+    def __init__(self, projections: Sequence[Projection]) -> None:
+        left_rd, self._right_rd = (torch.cat([getattr(p, name) for p in projections]) for name in ("left_rd", "right_rd"))
+        self._target_r = torch.cat([p.right_rd @ p.center_d for p in projections])
+        # L′ = (L Rᵀ)⁺ L: directions of different concepts are not orthogonal, and one that is named twice is removed once.
+        crossed_rr = left_rd.double() @ self._right_rd.double().T
+        self._left_rd = (torch.linalg.pinv(crossed_rr, rtol=1e-6) @ left_rd.double()).to(left_rd.dtype)
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
-        where, part = _part(x, chosen, self._basis_rd)
-        edited = project_out(part, self._basis_rd, self._center_d)
+        where, part = _part(x, chosen, self._right_rd)
+        edited = project_out(part, *(t.to(part.dtype) for t in (self._left_rd, self._right_rd, self._target_r)))
         out[..., where, :] += (edited - part).to(x.device, x.dtype)
+
+
+def _changes(sae: SAE[Any], rules: Mapping[int, Rule]) -> list[_Sparse | _Ruled]:
+    """What rules that replace no token come to: the plain ones at once by the fast path, if the SAE has one."""
+    columns = None
+    plain = {feature: rule for feature, rule in rules.items() if rule.is_plain}
+    if plain:
+        columns = Columns.of(sae, torch.tensor(sorted(plain), device=sae.W_dec.device))
+    if columns is None:
+        return [*_ruled(sae, rules)]
+    ruled = {feature: rule for feature, rule in rules.items() if not rule.is_plain}
+    return [_Sparse(columns, [plain[feature] for feature in sorted(plain)]), *_ruled(sae, ruled)]
+
+
+def _ruled(sae: SAE[Any], rules: Mapping[int, Rule]) -> list[_Ruled]:
+    """One change for the features of each subspace."""
+    by_subspace: dict[int, dict[int, Rule]] = {}
+    for feature in sorted(rules):
+        by_subspace.setdefault(id(rules[feature].subspace), {})[feature] = rules[feature]
+    return [_Ruled(sae, group) for group in by_subspace.values()]
+
+
+def _confined_rows(written_kd: Float[Tensor, "k d"], rules: Sequence[Rule]) -> Float[Tensor, "k d"]:
+    """Every row confined to the subspace of its rule."""
+    by_subspace: dict[int, list[int]] = {}
+    for row, rule in enumerate(rules):
+        if rule.subspace is not None:
+            by_subspace.setdefault(id(rule.subspace), []).append(row)
+    for rows in by_subspace.values():
+        written_kd[rows] = confined(written_kd[rows], rules[rows[0]].subspace)
+    return written_kd
+
+
+def _replace(out: Tensor, x: Tensor, replaced: Sequence[_Ruled]) -> Tensor:
+    """Flagged tokens become the edited token that is most like them without the concept; see `sources`."""
+    found = [features.found(x) for features in replaced]
+    flagged = torch.stack([opened for opened, _ in found]).any(0)
+    without = sum((change for _, change in found), start=torch.zeros_like(x))
+    source = sources(x, x + without, flagged)
+    moved = out.gather(-2, source.clamp_min(0)[..., None].expand(out.shape))
+    return torch.where((source < 0)[..., None], out + without, moved)  # nothing to take: the features alone go
+
+
+def _distinct(projections: Iterable[Projection]) -> tuple[Projection, ...]:
+    """Each once, in an order of their own, so that the result does not hang on the order in which they came."""
+    return tuple(kept for _, kept in sorted({_written_out(p): p for p in projections}.items(), key=lambda item: item[0]))
+
+
+def _written_out(projection: Projection) -> bytes:
+    tensors = (projection.left_rd, projection.right_rd, projection.center_d)
+    return b"".join(t.detach().cpu().double().numpy().tobytes() for t in tensors)
+
+
+def _where(chosen: Positions) -> Any:
+    if chosen is None:
+        return slice(None)
+    return slice(chosen.start, chosen.stop) if isinstance(chosen, range) else list(chosen)
 
 
 def _part(x: Tensor, chosen: Positions, home: Tensor) -> tuple[Any, Tensor]:
     """Where the chosen tokens are, and they themselves where the edit's own tensors are and as finely as those."""
-    where: Any = slice(None) if chosen is None else list(chosen)
-    if isinstance(chosen, range):
-        where = slice(chosen.start, chosen.stop)
+    where = _where(chosen)
     return where, x[..., where, :].to(home.device, torch.promote_types(x.dtype, home.dtype))
-
-
-def _scaled(sae: SAE[Any], gammas: dict[int, float], preserve_error: bool) -> _Sparse | _Dense | None:
-    """The change of one SAE's features; None if it changes nothing."""
-    effective = {f: g for f, g in gammas.items() if g != 1}
-    if not preserve_error:
-        return _Dense(sae, gammas, preserve_error=False)
-    if not effective:
-        return None
-    features_k, gamma_k = _tensors(sae, effective)
-    columns = Columns.of(sae, features_k)
-    return _Dense(sae, effective, preserve_error=True) if columns is None else _Sparse(columns, gamma_k)
-
-
-def _tensors(sae: SAE[Any], gammas: dict[int, float]) -> tuple[Int[Tensor, " k"], Float[Tensor, " k"]]:
-    device, dtype = sae.W_dec.device, sae.W_dec.dtype
-    features = sorted(gammas)
-    return (
-        torch.tensor(features, dtype=torch.long, device=device),
-        torch.tensor([gammas[f] for f in features], device=device, dtype=dtype),
-    )
 
 
 @lru_cache(maxsize=64)

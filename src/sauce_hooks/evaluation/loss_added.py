@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from sauce_hooks.activations import read_activations
 from sauce_hooks.activations.images import to_device
-from sauce_hooks.erasure import ConceptEraser, ProjectionEdit
+from sauce_hooks.bank import Projection
+from sauce_hooks.erasure import ConceptEraser, Edit, attach, check_ran, detach
 from sauce_hooks.errors import ImagesError
-from sauce_hooks.evaluation.baselines import erasing, token_mean
-from sauce_hooks.hookpoint import TokenPolicy, unwrap
+from sauce_hooks.hookpoint import HookPoint, TokenPolicy, unwrap
 from sauce_hooks.sae.vision_sae import LossAdded, VisionSAE
 
 _NOT_ASKED = -100
@@ -147,12 +148,13 @@ def loss_added(
         raise ImagesError("no questions with answers to measure the loss on: give at least one image")
     place = sae.locate(model)
     whole = TokenPolicy(read=sae.tokens.edit, edit=sae.tokens.edit)
-    mean_d = token_mean(model, [batch.inputs for batch in batches], place, whole)
+    mean_d = _token_mean(model, [batch.inputs for batch in batches], place, whole)
+    eye_dd = torch.eye(len(mean_d), device=mean_d.device)
     conditions: tuple[AbstractContextManager[Any], ...] = (
         nullcontext(),
         # γ = 1 without the error is x′ = decode(encode(x)) whichever feature is named.
         ConceptEraser(model, sae, [[0]], gamma=1.0, preserve_error=False),
-        erasing(model, place, [ProjectionEdit(torch.eye(len(mean_d), device=mean_d.device), mean_d, whole.edit)]),
+        _erasing(model, place, Edit(whole.edit, projections=(Projection(eye_dd, eye_dd, mean_d),))),
     )
     losses: list[np.ndarray] = []
     for condition in conditions:
@@ -198,3 +200,28 @@ def _row_losses(model: nn.Module, batches: Sequence[AnsweredBatch]) -> Iterator[
         loss_a = F.cross_entropy(logits_blv[:, :-1][asked_bl].float(), labels_bl[asked_bl], reduction="none")
         row_a = asked_bl.nonzero()[:, 0]
         yield loss_a.new_zeros(len(labels_bl)).index_add_(0, row_a, loss_a).double().cpu().numpy()
+
+
+def _token_mean(
+    model: nn.Module, images: Any, hook_point: HookPoint, tokens: TokenPolicy, processor: Any = None
+) -> Float[Tensor, " d"]:
+    """The mean activation over all tokens read of a set of images, in one streaming pass."""
+    total, n = None, 0
+    for rows in read_activations(model, images, hook_point, tokens=tokens.read, processor=processor):
+        part = rows.double().sum(0)
+        total, n = part if total is None else total + part, n + len(rows)
+    assert total is not None  # reading no images raises
+    return (total / n).float()
+
+
+@contextmanager
+def _erasing(model: nn.Module, hook_point: HookPoint, edit: Edit) -> Generator[None]:
+    """An edit in effect for the length of a `with`, attached and checked as `ConceptEraser` is."""
+    attachment = attach(model, hook_point, edit)
+    try:
+        yield
+    except BaseException:
+        detach(attachment)
+        raise
+    detach(attachment)
+    check_ran(attachment)

@@ -10,10 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
-from sauce_hooks.bank import write_text_atomically
-from sauce_hooks.erasure import ConceptEraser, ProjectionEdit
+from sauce_hooks.bank import Concept, write_text_atomically
+from sauce_hooks.concepts.projections import learn_projection
+from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.evaluation import Method, Results, evaluate
-from sauce_hooks.evaluation.baselines import difference_of_means, erasing, token_mean
 from sauce_hooks.sae import VisionSAE
 from sauce_hooks.scenes.bundled import competence, load, load_paper_sae
 from sauce_hooks.scenes.learning import contrast_sets
@@ -33,18 +33,16 @@ def methods(model: Any, processor: Any, sae: VisionSAE, paper: VisionSAE) -> dic
     """What is compared, by name."""
 
     @cache
-    def rival(concept: str) -> ProjectionEdit:
-        with_it, without = (
-            token_mean(model, [scene.image for scene in scenes], sae.hook_point, sae.tokens, processor)
-            for scenes in contrast_sets(concept)
-        )
-        return difference_of_means(with_it, without, sae.tokens)
+    def rival(concept: str) -> Concept:
+        sets = ([scene.image for scene in scenes] for scenes in contrast_sets(concept))
+        apart = VisionSAE(sae.sae, sae.hook_point, sae.tokens, tower=sae.tower)  # with a bank of its own
+        return learn_projection(model, apart, concept, *sets, processor=processor)
 
     return {
         "paper's settings": lambda concept: ConceptEraser(model, paper, [concept], preserve_error=False),
         "ours, error dropped": lambda concept: ConceptEraser(model, sae, [concept], preserve_error=False),
         "ours": lambda concept: ConceptEraser(model, sae, [concept]),
-        "difference of means": lambda concept: erasing(model, sae.hook_point, [rival(concept)]),
+        "difference of means": lambda concept: ConceptEraser(model, sae, [rival(concept)]),
     }
 
 
