@@ -62,7 +62,7 @@ families: $(STAMPS)/dev
 	OMP_NUM_THREADS=1 $(PY) tests/support_table.py
 
 benchmarks: $(STAMPS)/dev
-	@set -e; for name in erasure training trainers pipeline; do \
+	@set -e; for name in erasure training trainers pipeline concepts; do \
 		echo "== benchmarks/$$name.py --small"; OMP_NUM_THREADS=1 $(PY) benchmarks/$$name.py --small >/dev/null; done
 
 lint: $(STAMPS)/dev

@@ -154,6 +154,15 @@ def test_a_learnt_concept_is_stored_with_its_provenance(model, sae):
     }  # fmt: skip
 
 
+def test_a_learnt_concept_knows_the_means_of_its_features(model, sae):
+    concept = learn_concept(model, sae, "bright", BRIGHT, DARK[:1], k=5)
+    bright, dark = (set_statistics(model, sae, images) for images in (BRIGHT, DARK[:1]))
+    assert list(concept.means) == [float(bright.mean_f[f]) for f in concept.features]
+    both = (12 * bright.mean_f + 6 * dark.mean_f) / 18
+    assert list(concept.gates) == pytest.approx([float(both[f]) for f in concept.features])
+    assert all(mean > gate > 0 for mean, gate in zip(concept.means, concept.gates, strict=True))
+
+
 def test_sets_and_their_statistics_give_the_same_concept(model, sae):
     sets = [set_statistics(model, sae, images) for images in (BRIGHT, DARK)]
     assert learn_concept(model, sae, "bright", *sets) == learn_concept(model, sae, "bright", BRIGHT, DARK)

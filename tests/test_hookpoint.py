@@ -115,6 +115,7 @@ counts = st.integers(0, 10_000)
             even=st.booleans(),
         ),
         reads=st.lists(counts, min_size=1).map(tuple),
+        place=st.sampled_from(["tower", "projector", "language"]),
     )
 )
 def test_a_hook_point_survives_json(hook_point):

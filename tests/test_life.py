@@ -1195,7 +1195,7 @@ def test_erasers_that_state_contradicting_factors(model, sae, state, first_scope
     expected, alone = erased(model, sae, ["red"], gamma=-0.5), erased(model, sae, ["tiger"], gamma=-2.0)
     with first:
         inside = snapshot(model)
-        with pytest.raises(EditError, match=r"feature 3: γ = -0\.5 and γ = -2\.0"):
+        with pytest.raises(EditError, match=r"feature 3: contradicting factors: γ = -0\.5 and γ = -2\.0"):
             second.attach()
         assert not second.attached
         assert second.status().attached == 0
@@ -1208,7 +1208,7 @@ def test_erasers_that_state_contradicting_factors(model, sae, state, first_scope
 
 def test_erasers_that_state_contradicting_factors_do_not_merge(model, sae):
     first, second = ConceptEraser(model, sae, ["red"], gamma=-0.5), ConceptEraser(model, sae, ["tiger"], gamma=-2.0)
-    with pytest.raises(EditError, match=r"feature 3: γ = -0\.5 and γ = -2\.0"):
+    with pytest.raises(EditError, match=r"feature 3: contradicting factors: γ = -0\.5 and γ = -2\.0"):
         _ = first | second
     assert not first.attached
     assert (ConceptEraser(model, sae, ["tiger"], gamma=-0.5) | first).features == (3, 4, 5, 1, 2)

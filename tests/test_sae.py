@@ -470,7 +470,7 @@ DAMAGES = {
     "no hook point": edit_json("vision_sae.json", lambda data: data.pop("hook_point")),
     "half a hook point": edit_json("vision_sae.json", lambda data: data["hook_point"].pop("path")),
     "an unknown policy": edit_json("vision_sae.json", lambda data: data["tokens"].update(read="every")),
-    "a bank of a later format": edit_json("concepts.json", lambda data: data.update(format=2)),
+    "a bank of a later format": edit_json("concepts.json", lambda data: data.update(format=3)),
     "a concept without features": edit_json("concepts.json", lambda data: data["concepts"][0].pop("features")),
     "a concept with a feature twice": edit_json("concepts.json", lambda data: data["concepts"][0].update(features=[1, 1])),
     "an unknown architecture": edit_json("cfg.json", lambda data: data.update(architecture="magic")),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import mannwhitneyu
 
 from sauce_hooks import learn_concept
-from sauce_hooks.concepts import SCORERS, SetStatistics, accumulate, accumulate_labelled, select_features
+from sauce_hooks.concepts import SCORERS, SetStatistics, accumulate, select_features
 from sauce_hooks.concepts.scores import auroc_score, cohens_d_score, crisp_score, fisher_score, log_odds_score, saeuron_score
 from sauce_hooks.errors import ContrastError
 from tiny import make_vision_sae, model_inputs
@@ -140,34 +140,19 @@ def test_a_feature_that_never_varies_has_a_large_score_and_no_infinite_one():
         assert (score(of(z[1]), of(z[0])) > 100).all()
 
 
-# Many concepts at once. ----------------------------------------------------------------------------------------------
-
-NAMES = ("red", "cat", "wood")
-
-
-@given(seed=seeds, labels=st.lists(st.sets(st.sampled_from(NAMES)), min_size=4, max_size=25), batch=st.integers(1, 9))
-def test_one_pass_gives_the_sets_of_every_concept(seed, labels, batch):
-    z = activations(seed, len(labels))
-    usable = [c for c in NAMES if 0 < sum(c in names for names in labels) < len(labels)]
-    found = accumulate_labelled(list(z.split(batch)), labels, usable)
-    for concept in usable:
-        mask = torch.tensor([concept in names for names in labels])
-        for part, rows in zip(found[concept], (z[mask], z[~mask]), strict=True):
-            assert part.n == len(rows)
-            assert torch.equal(part.histogram_bf, of(rows).histogram_bf)
-            torch.testing.assert_close(part.sum_f, of(rows).sum_f)
-            torch.testing.assert_close(part.squares_f, of(rows).squares_f)
+def test_auroc_says_what_to_do_where_there_is_no_histogram():
+    with_it, without = SetStatistics.of(activations(0, 4), histogram=False), of(activations(1, 4))
+    for pair in ((with_it, without), (without, with_it)):
+        with pytest.raises(ContrastError, match="histograms=True"):
+            auroc_score(*pair)
 
 
-@pytest.mark.parametrize("labels", [[{"red"}] * 3, [set()] * 3])
-def test_a_concept_on_all_images_or_none_is_an_error(labels):
-    with pytest.raises(ContrastError, match="of the 3 images show 'red'"):
-        accumulate_labelled([activations(0, 3)], labels, ["red"])
-
-
-def test_labels_that_do_not_match_the_images_are_an_error():
-    with pytest.raises(ContrastError, match="3 images could be read, and there are 4 labels"):
-        accumulate_labelled([activations(0, 3)], [set()] * 4, ["red"])
+@EVERY
+def test_no_other_score_needs_a_histogram(name):
+    pair = [activations(seed, 9) for seed in (0, 1)]
+    if name != "auroc":
+        plain = [SetStatistics.of(z, histogram=False) for z in pair]
+        assert torch.equal(SCORERS[name](*plain), SCORERS[name](*map(of, pair)))
 
 
 # Through learn_concept. ----------------------------------------------------------------------------------------------

@@ -22,12 +22,26 @@ if TYPE_CHECKING:
     from sauce_hooks.activations import read_activations as read_activations
     from sauce_hooks.bank import Concept as Concept
     from sauce_hooks.bank import ConceptBank as ConceptBank
+    from sauce_hooks.bank import Projection as Projection
+    from sauce_hooks.bank import Subspace as Subspace
+    from sauce_hooks.concepts import Target as Target
+    from sauce_hooks.concepts import Tuning as Tuning
+    from sauce_hooks.concepts import difference as difference
+    from sauce_hooks.concepts import keep_apart as keep_apart
+    from sauce_hooks.concepts import label_features as label_features
+    from sauce_hooks.concepts import labelled_statistics as labelled_statistics
     from sauce_hooks.concepts import learn_concept as learn_concept
+    from sauce_hooks.concepts import learn_concept_from_word as learn_concept_from_word
+    from sauce_hooks.concepts import learn_concepts as learn_concepts
+    from sauce_hooks.concepts import learn_projection as learn_projection
+    from sauce_hooks.concepts import overlap as overlap
     from sauce_hooks.erasure import ConceptEraser as ConceptEraser
+    from sauce_hooks.erasure import Erasers as Erasers
     from sauce_hooks.evaluation import Results as Results
     from sauce_hooks.evaluation import describe_sae as describe_sae
     from sauce_hooks.evaluation import evaluate as evaluate
     from sauce_hooks.evaluation import loss_added as loss_added
+    from sauce_hooks.evaluation import tune_concept as tune_concept
     from sauce_hooks.hookpoint import HookPoint as HookPoint
     from sauce_hooks.hookpoint import TokenPolicy as TokenPolicy
     from sauce_hooks.hookpoint import find_hook_point as find_hook_point
@@ -38,24 +52,41 @@ _HOMES = {
     "Concept": "sauce_hooks.bank",
     "ConceptBank": "sauce_hooks.bank",
     "ConceptEraser": "sauce_hooks.erasure",
+    "Erasers": "sauce_hooks.erasure",
     "HookPoint": "sauce_hooks.hookpoint",
+    "Projection": "sauce_hooks.bank",
     "Results": "sauce_hooks.evaluation",
+    "Subspace": "sauce_hooks.bank",
+    "Target": "sauce_hooks.concepts",
     "TokenPolicy": "sauce_hooks.hookpoint",
+    "Tuning": "sauce_hooks.concepts",
     "VisionSAE": "sauce_hooks.sae",
     "describe_sae": "sauce_hooks.evaluation",
+    "difference": "sauce_hooks.concepts",
     "errors": "sauce_hooks",
     "evaluate": "sauce_hooks.evaluation",
     "find_hook_point": "sauce_hooks.hookpoint",
+    "keep_apart": "sauce_hooks.concepts",
+    "label_features": "sauce_hooks.concepts",
+    "learn_concept_from_word": "sauce_hooks.concepts",
+    "labelled_statistics": "sauce_hooks.concepts",
     "learn_concept": "sauce_hooks.concepts",
+    "learn_concepts": "sauce_hooks.concepts",
+    "learn_projection": "sauce_hooks.concepts",
     "loss_added": "sauce_hooks.evaluation",
+    "overlap": "sauce_hooks.concepts",
     "read_activations": "sauce_hooks.activations",
     "scenes": "sauce_hooks",
     "train_sae": "sauce_hooks.sae",
+    "tune_concept": "sauce_hooks.evaluation",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of the flow
     "find_hook_point", "HookPoint", "TokenPolicy", "read_activations", "train_sae", "VisionSAE", "learn_concept",
-    "Concept", "ConceptBank", "ConceptEraser", "evaluate", "describe_sae", "loss_added", "Results", "scenes", "errors",
+    "learn_concepts", "labelled_statistics", "learn_concept_from_word", "label_features", "learn_projection", "keep_apart",
+    "tune_concept", "Tuning", "Target",
+    "Concept", "ConceptBank", "Subspace", "Projection", "overlap", "difference", "ConceptEraser", "Erasers", "evaluate",
+    "describe_sae", "loss_added", "Results", "scenes", "errors",
 ]  # fmt: skip
 
 

@@ -242,6 +242,56 @@ def features(
     typer.echo(write_features(vision_sae, out, sae))
 
 
+concept_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at concepts.")
+app.add_typer(concept_app, name="concept")
+
+
+@concept_app.command("show")
+def concept_show(
+    sae: Annotated[
+        str, typer.Argument(metavar="SAE", help="A folder that `train-sae` wrote, a hub id, or the word *bundled*.")
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A concept of its bank.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model it belongs to, to look at images with.")
+    ] = None,
+    positives: Annotated[Path | None, typer.Option(exists=True, help="Images that show the concept.")] = None,
+    negatives: Annotated[Path | None, typer.Option(exists=True, help="Images that do not.")] = None,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("concept.html"),
+) -> None:
+    """Look at a concept: what its features fire on, what erasing it writes and does, what is near, on one HTML page.
+
+    Without images the page shows what the bank and the SAE's folder know. The bundled SAE brings its own images.
+
+    Example: `sauce-hooks concept show bundled tiger --out tiger.html`
+    """
+    from sauce_hooks.report.concept import write_concept
+    from sauce_hooks.report.concept_data import look
+    from sauce_hooks.sae import VisionSAE
+    from sauce_hooks.scenes import asset
+
+    bundled = sae == "bundled"
+    given = {"--model": model or (sae if bundled else None), "--positives": positives, "--negatives": negatives}
+    missing = [option for option, value in given.items() if value is None]
+    own_images = bundled and positives is None and negatives is None
+    if missing and not own_images and len(missing) < len(given):
+        raise typer.BadParameter(
+            "looking at images takes a model, images with the concept and images without: one is missing",
+            param_hint=missing[0],
+        )
+    vision_sae = VisionSAE.load(asset("sae") if bundled else sae)
+    concept = vision_sae.concepts[name]  # an unknown one is refused before a model is loaded
+    evidence = None
+    if own_images or not missing:
+        network, processor = _load(model or "bundled")
+        vision_sae.sae.to(network.device)
+        sets: dict[str, Any] = {"positives": positives, "negatives": negatives}
+        if own_images:
+            sets = _concept_scenes(vision_sae, name)
+        evidence = look(network, vision_sae, concept, processor=processor, **sets)
+    typer.echo(write_concept(vision_sae, concept, out, evidence, sae_name=sae))
+
+
 @app.command()
 def ask(
     model: ModelArgument,
@@ -257,6 +307,7 @@ def ask(
     """
     from sauce_hooks.activations import iter_images
     from sauce_hooks.erasure import ConceptEraser
+    from sauce_hooks.evaluation import chat_prompt
     from sauce_hooks.sae import VisionSAE
     from sauce_hooks.scenes import asset
 
@@ -266,7 +317,7 @@ def ask(
     picture = next(iter_images(image))
     network, processor = _load(model)
     eraser = ConceptEraser(network, vision_sae, erase) if vision_sae is not None and erase else None
-    inputs = processor(images=picture, text=_as_prompt(processor, prompt), return_tensors="pt")
+    inputs = processor(images=picture, text=chat_prompt(processor, prompt), return_tensors="pt")
     inputs = inputs.to(network.device, dtype=network.dtype)
 
     def answer() -> str:
@@ -301,7 +352,7 @@ def _describe(sae: Any, model: str, images: Path | None) -> None:
     from itertools import islice
 
     from sauce_hooks.activations import iter_images
-    from sauce_hooks.evaluation import Answered, describe_sae, own_answers
+    from sauce_hooks.evaluation import Answered, chat_prompt, describe_sae, own_answers
     from sauce_hooks.scenes import describe_prompt, sample
 
     network, processor = _load(model)
@@ -316,9 +367,34 @@ def _describe(sae: Any, model: str, images: Path | None) -> None:
         pictures, answers, answered = images, "given", []
     else:
         pictures, answers = images, "the model's own"
-        question = describe_prompt() if model == "bundled" else _as_prompt(processor, "Describe this image.")
+        question = describe_prompt() if model == "bundled" else chat_prompt(processor, "Describe this image.")
         answered = own_answers(network, list(islice(iter_images(images), _ANSWERED)), question, processor)
     describe_sae(network, sae, pictures, processor=processor, answered=answered, answers=answers)
+
+
+_CONCEPT_SCENES, _SIBLING_SCENES = 100, 40
+"""Scenes with a concept, as many without it, and of each sibling, that show a bundled concept."""
+
+
+def _concept_scenes(sae: Any, name: str) -> dict[str, Any]:
+    """Validation scenes of the bundled world for a concept's page: nobody has learnt features or trained a model on them."""
+    from sauce_hooks.report.concept_data import siblings_of
+    from sauce_hooks.scenes import DOMAINS, domain_of, sample
+
+    def images(n: int, seed: int, **kind: Any) -> list[Any]:
+        return [scene.image for scene in sample(n, seed=seed, split="val", **kind)]
+
+    sharing = [sibling.name for sibling in siblings_of(sae, sae.concepts[name]) if sibling.shared]
+    near = dict.fromkeys((*(other for other in DOMAINS[domain_of(name)] if other != name), *sharing))
+    return {
+        "positives": images(_CONCEPT_SCENES, 800_000, contains=name),
+        "negatives": images(_CONCEPT_SCENES, 800_001, lacks=name),
+        "siblings": {
+            other: images(_SIBLING_SCENES, 800_002 + i, contains=other, lacks=name) for i, other in enumerate(near)
+        },
+        "source": "validation scenes of the bundled world, which nothing was trained or selected on except how many "
+        "features and how strongly",
+    }
 
 
 def _load(model: str) -> tuple[Any, Any]:
@@ -358,17 +434,6 @@ def _skeleton(model: str) -> Any:
 
 def _not_loaded(model: str, problem: Exception) -> typer.BadParameter:
     return typer.BadParameter(f"{model!r} is no vision-language model that can be loaded: {problem}", param_hint="MODEL")
-
-
-def _as_prompt(processor: Any, question: str) -> str:
-    """A question as the model wants it: by its chat template, or in LLaVA's plain form where it has none."""
-    placeholder = getattr(processor, "image_token", "")  # some models want none
-    if not placeholder or placeholder in question:
-        return question
-    if processor.chat_template:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"user: {placeholder} {question} assistant:"
 
 
 def main() -> None:

@@ -18,9 +18,8 @@ from sauce_hooks.hookpoint import (
     VIDEOS,
     HookPoint,
     ReadTokens,
-    as_tokens,
     find_towers,
-    select,
+    select_from,
     untouched,
     unwrap,
 )
@@ -58,7 +57,8 @@ def read_batch(
 
     Raises as `read_tokens` does.
     """
-    chosen = select(as_tokens(_output(root, inputs, hook_point), hook_point), hook_point.layout, tokens)
+    output = _output(root, inputs, hook_point)
+    chosen = select_from(output, hook_point, tokens, getattr(root, "config", None), inputs)
     if not hook_point.layout.fixed:
         chosen = rearrange(chosen, "units tokens d -> 1 (units tokens) d")
     if not torch.isfinite(chosen).all():
@@ -104,8 +104,13 @@ def _way_in(root: nn.Module, tower: nn.Module, hook_point: HookPoint, inputs: In
         raise ImagesError(f"the batch has no pixel_values (it has {', '.join(inputs)}): these are no images' inputs")
     if "input_ids" in inputs:
         return root, inputs
+    if hook_point.place == "language":
+        raise ImagesError(
+            f"{hook_point.path} reads text, and the batch has no input_ids: give batches of model inputs, as "
+            "processor(images=..., text=..., return_tensors='pt') makes them from an image and a prompt"
+        )
     encode = getattr(root, "get_image_features", None)
-    if encode is not None and hook_point.tower == find_towers(root)[0].path:
+    if encode is not None and (hook_point.place == "projector" or hook_point.tower == find_towers(root)[0].path):
         inner = getattr(getattr(root, "base_model", root), "get_image_features", encode)  # what it hands its **kwargs to
         if not _lacks(inner, inputs):
             return encode, {**_accepted(encode, inputs), **_accepted(inner, inputs)}

@@ -15,6 +15,7 @@ from sauce_hooks.activations import read_activations
 from sauce_hooks.bank import Concept, Projection
 from sauce_hooks.errors import ContrastError
 from sauce_hooks.sae import VisionSAE
+from sauce_hooks.sae.provenance import provenance_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +157,8 @@ def learn_projection(
         for images in (positives, negatives)
     ]
     projection = PROJECTIONS[method](*moments)
-    record = {"projection": method, "projection_tokens": [m.n for m in moments]}
+    record = {"projection": method, "projection_tokens": [m.n for m in moments], **provenance_of(sae)}
     known = sae.concepts[name] if name in sae.concepts else Concept(name, (), edit="project")
     concept = replace(known, projection=projection, provenance={**known.provenance, **record})
-    sae.concepts.add(concept)
+    sae.concepts.add(concept, sae=sae.record())
     return concept

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sauce_hooks.concepts.statistics import SetStatistics
+from sauce_hooks.errors import ContrastError
 
 Scorer = Callable[[SetStatistics, SetStatistics], Float[Tensor, " d_sae"]]
 """A function of the images with the concept and of those without it. Features that score above 0 can be selected."""
@@ -60,7 +61,15 @@ def auroc_score(positives: SetStatistics, negatives: SetStatistics) -> Float[Ten
 
     From activations rounded down to a quarter of an octave (`SetStatistics.histogram_bf`), so that any number of images
     fits in memory: two activations that differ by less than a fifth may count as equal.
+
+    Raises:
+        ContrastError: the statistics hold no histogram.
     """
+    if positives.histogram_bf is None or negatives.histogram_bf is None:
+        raise ContrastError(
+            "this score needs histograms, which these statistics do not hold: read them with "
+            "labelled_statistics(..., histograms=True), or every set alone with set_statistics(...)"
+        )
     p_bf, q_bf = positives.histogram_bf.double() / positives.n, negatives.histogram_bf.double() / negatives.n
     below_bf = q_bf.cumsum(0) - q_bf
     return (p_bf * (below_bf + q_bf / 2)).sum(0) - 0.5

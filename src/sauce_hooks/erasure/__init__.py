@@ -5,6 +5,7 @@ from sauce_hooks.erasure.attachment import Attachment
 from sauce_hooks.erasure.eraser import PAPER_GAMMA, ConceptEraser, merge
 from sauce_hooks.erasure.merging import Edit, MergedEdit
 from sauce_hooks.erasure.rules import EDITS, Rule
+from sauce_hooks.erasure.several import Erasers, ErasersStatus
 from sauce_hooks.erasure.status import EraserStatus
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "ConceptEraser",
     "Edit",
     "EraserStatus",
+    "Erasers",
+    "ErasersStatus",
     "MergedEdit",
     "Rule",
     "attach",

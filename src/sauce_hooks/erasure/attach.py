@@ -96,6 +96,9 @@ def check_read(attachment: Attachment) -> None:
     point = attachment.hook_point
     if attachment.is_null:
         return
+    if attachment.looks_for_images:
+        _check_words(attachment)
+        return
     if point.layer > point.last_read:
         raise IneffectiveEraserError(
             f"{point.path} is block {point.layer + 1} of {point.n_layers}, but the language side reads the output of block "
@@ -114,6 +117,22 @@ def check_read(attachment: Attachment) -> None:
         raise IneffectiveEraserError(
             "the language side reads the class token too, and the concept is in it, but only patches are edited. Wrap or "
             "train the SAE with tokens=TokenPolicy(edit='all'); allow_bypass=True erases in part."
+        )
+
+
+def _check_words(attachment: Attachment) -> None:
+    """The same at a language layer, for the image's positions alone: words read them in every layer but the last."""
+    point = attachment.hook_point
+    if point.layer == point.last_read:
+        raise IneffectiveEraserError(
+            f"{point.path} is the last layer: no word looks at the image's positions behind it, so an edit of those alone "
+            "changes nothing. Use an earlier layer, or wrap the SAE with tokens=TokenPolicy(edit='all')."
+        )
+    if not attachment.allow_bypass:
+        raise IneffectiveEraserError(
+            f"up to {point.path} words have looked at the image in {point.layer + 1} layers, and only its own positions "
+            "are edited. Wrap or train the SAE with tokens=TokenPolicy(edit='all'), which edits the words too; "
+            "allow_bypass=True erases in part."
         )
 
 

@@ -27,7 +27,8 @@ class Attachment:
     rows: tuple[Edit, ...] | None = None
     """An edit for each row of a batch, besides `edit`."""
     sizes: tuple[int, ...] | None = None
-    """How many images (tiles, or patches where they are packed) each row has; None: it follows from the batch."""
+    """How many images (tiles, or patches where they are packed) each row has; None: it follows from the batch, as it
+    always does at a language layer."""
     scope: Scope = "model"
     allow_bypass: bool = False
     """The user knows that the language side also reads what this edit does not reach."""
@@ -43,6 +44,8 @@ class Attachment:
 
     def __post_init__(self) -> None:
         self.is_null = all(MergedEdit([edit]).is_null for edit in (self.edit, *(self.rows or ())))
+        self.looks_for_images = self.hook_point.place == "language" and self.edit.tokens == "patches"
+        """Whether what is edited are the image's positions in a text."""
 
     @property
     def active(self) -> bool:

@@ -79,11 +79,10 @@ def dense_delta(
 
 
 def confined(change: Float[Tensor, "*batch d"], subspace: Subspace | None) -> Float[Tensor, "*batch d"]:
-    """What of a change may be written: Δ Bᵀ B inside a subspace with the orthonormal rows B, or Δ − Δ Bᵀ B outside it."""
+    """What of a change may be written: (Δ Rᵀ) B inside a subspace, Δ − (Δ Rᵀ) B outside it; R Bᵀ = 1."""
     if subspace is None:
         return change
-    basis_rd = subspace.basis_rd.to(change)
-    along = (change @ basis_rd.T) @ basis_rd
+    along = (change @ subspace.reader_rd.to(change).T) @ subspace.basis_rd.to(change)
     return along if subspace.inside else change - along
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from sauce_hooks.erasure.rows import Batch
 
 _RELATIVE = 1e-3
 """A disturbance as large as the activations moves what is read by far more; rounding and atomic adds by far less."""
@@ -32,16 +35,19 @@ class Probe:
     """A second run, with one block disturbed."""
 
     path: str
-    readers: Iterator[Reader]
+    readers: Sequence[Reader]
     """Who was called in the real run."""
+    batch: Batch
+    """What was known of the batch in it."""
     disturbed: bool = False
+    calls: Counter[str] = field(default_factory=Counter[str])
 
     def reached(self, name: str, args: Any, kwargs: Any) -> None:
         """The second run calls somebody beside the tower; `Stop` if it gets something else than in the real run."""
-        if not self.disturbed:
-            return
-        reader, before = next(self.readers, (None, []))
-        if reader == name and differ(tensors((args, kwargs)), before):
+        nth = self.calls[name]  # what runs before the disturbed block is called in both runs
+        self.calls[name] += 1
+        before = [given for reader, given in self.readers if reader == name]
+        if self.disturbed and nth < len(before) and differ(tensors((args, kwargs)), before[nth]):
             raise Stop
 
 
@@ -54,7 +60,9 @@ class Again:
     kwargs: Mapping[str, Any]
     output: Any
     readers: Sequence[Reader] = ()
-    """What was called beside the towers since they had run, in order."""
+    """What was called beside the towers, in order."""
+    leave_out_rt: Bool[Tensor, "rows tokens"] | None = None
+    """Positions of the output that do not count: those that are disturbed themselves, at a language layer."""
     of_the_tower: bool = False
     """Whether it is the tower alone that is run, so that its whole output counts."""
 
@@ -75,20 +83,20 @@ class Again:
         return probe.disturbed and differ(self._read(output), self._read(self.output))
 
     def _read(self, output: Any) -> list[Tensor]:
-        all_tensors = tensors(output)
-        if self.of_the_tower or not isinstance(output, Mapping):
-            return all_tensors
-        return tensors({name: value for name, value in output.items() if name not in _NOBODY_READS}) or all_tensors
+        read = all_tensors = tensors(output)
+        if not self.of_the_tower and isinstance(output, Mapping):
+            read = tensors({name: value for name, value in output.items() if name not in _NOBODY_READS}) or all_tensors
+        left = self.leave_out_rt
+        return read if left is None else [t[~left.to(t.device)] if t.shape[:2] == left.shape else t for t in read]
 
 
-def disturbed(acts_utd: Float[Tensor, "units tokens d"], chosen: Sequence[int] | None) -> Float[Tensor, "units tokens d"]:
+def disturbed(
+    acts_utd: Float[Tensor, "units tokens d"], where_ut: Bool[Tensor, "units tokens"]
+) -> Float[Tensor, "units tokens d"]:
     """The tokens that are edited, far off what they were, and not by a constant over d: a LayerNorm would remove that."""
     d = acts_utd.shape[-1]
     noise_d = torch.linspace(-1, 1, d, device=acts_utd.device).pow(3).to(acts_utd.dtype)
-    out = acts_utd.clone()
-    where = slice(None) if chosen is None else list(chosen)
-    out[:, where] += noise_d * (1 + acts_utd.abs().amax())
-    return out
+    return torch.where(where_ut[..., None], acts_utd + noise_d * (1 + acts_utd.abs().amax()), acts_utd)
 
 
 def tensors(nested: Any, *, detached: bool = True) -> list[Tensor]:

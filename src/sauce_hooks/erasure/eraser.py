@@ -8,15 +8,16 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args, overload
 
-from sauce_hooks.bank import Concept, ConceptBank, Projection
+from sauce_hooks.bank import Concept, ConceptBank, Projection, expanded
 from sauce_hooks.erasure.apply import edit_output
 from sauce_hooks.erasure.attach import attach, attachments, check_ran, check_read, detach
 from sauce_hooks.erasure.attachment import Attachment, Scope
 from sauce_hooks.erasure.decorate import decorated
 from sauce_hooks.erasure.merging import Edit, merge_edits
 from sauce_hooks.erasure.rules import EDITS, Rule
+from sauce_hooks.erasure.several import Erasers
 from sauce_hooks.erasure.status import EraserStatus, status_of
 from sauce_hooks.errors import EditError, EraserStateError, SAEMismatchError
 from sauce_hooks.hookpoint import HookPoint, unwrap
@@ -51,7 +52,7 @@ class ConceptEraser:
     Args:
         model: the Hugging Face model, bare or wrapped (PEFT, nnsight, `TransformerBridge`, `torch.compile`, DDP).
         sae: a `VisionSAE`, or a bare `sae_lens.SAE` together with `hook_point`.
-        concepts: names in the bank, `Concept`s, or sequences of feature indices.
+        concepts: names of concepts or groups in the bank, `Concept`s, or sequences of feature indices.
         gamma: the factor γ of Eq. 6 for every feature. None: each concept's own, and the paper's −0.5 where it has none.
         preserve_error: keep the SAE's reconstruction error, x′ = x + Σ (γ−1) z_i W_dec[i]. False is the paper to the
             letter, x′ = decode(C(z)), which puts the error of every token into the model.
@@ -231,10 +232,16 @@ class ConceptEraser:
         copied.concepts, copied.edit = (), self._edit(())
         return copied
 
-    def __or__(self, other: ConceptEraser) -> ConceptEraser:
-        """One eraser for both erasers' concepts; both must be of the same model and SAE."""
-        if unwrap(self.model) is not unwrap(other.model) or self.sae is not other.sae:
-            raise EditError("erasers of different models or SAEs cannot be merged; stack them with two `with`s instead")
+    @overload
+    def __or__(self, other: Erasers) -> Erasers: ...
+    @overload
+    def __or__(self, other: ConceptEraser) -> Any: ...  # a ConceptEraser if of the same SAE, else Erasers
+    def __or__(self, other: ConceptEraser | Erasers) -> ConceptEraser | Erasers:
+        """One eraser for both erasers' concepts; of two SAEs, `Erasers` that are on and off together."""
+        if isinstance(other, Erasers) or self.sae is not other.sae:
+            return Erasers((self, other))
+        if unwrap(self.model) is not unwrap(other.model):
+            raise EditError("erasers of different models cannot be merged; enter each for itself")
         if self._preserve_error != other._preserve_error:
             raise EditError("one eraser keeps the reconstruction error and the other drops it")
         if self.scope != other.scope:
@@ -261,7 +268,7 @@ class ConceptEraser:
         return copy.copy(self)
 
     def _resolve(self, concepts: Sequence[ConceptLike]) -> tuple[Concept, ...]:
-        return tuple(_resolve(concept, self._bank) for concept in concepts)
+        return tuple(_resolve(concept, self._bank) for concept in expanded(concepts, self._bank.groups))
 
     def _edit(self, concepts: Iterable[Concept]) -> Edit:
         nothing = Edit(self.sae.tokens.edit, self.sae.sae, preserve_error=self._preserve_error)
@@ -272,10 +279,11 @@ class ConceptEraser:
         if kind == PROJECT:
             return replace(nothing, projections=(_projection(concept, self.sae.d_in),), keep_norm=concept.keep_norm)
         rules = _rules(concept, kind, self._gamma, self.sae.d_sae)
-        if self.hook_point.layout.shape == "packed" and any(rule.share or rule.replace for rule in rules.values()):
+        mixed = self.hook_point.layout.shape == "packed" or self.hook_point.place == "language"
+        if mixed and any(rule.share or rule.replace for rule in rules.values()):
             raise EditError(
-                f"the edit {kind!r} of {concept.name!r} looks at all tokens of an image, but {self.hook_point.path} "
-                "packs the patches of all images into one row, where one cannot be told from the next: use edit='scale'"
+                f"the edit {kind!r} of {concept.name!r} looks at all tokens of an image, but {self.hook_point.path} has "
+                "more than one image, or text too, in a row, and cannot tell one from the next: use edit='scale'"
             )
         return replace(nothing, rules=rules, keep_norm=concept.keep_norm)
 
@@ -344,9 +352,10 @@ def _projection(concept: Concept, d_in: int) -> Projection:
     return projection
 
 
-def merge(erasers: Iterable[ConceptEraser]) -> ConceptEraser:
+def merge(erasers: Iterable[ConceptEraser]) -> ConceptEraser | Erasers:
     """All erasers as one: `a | b | c`."""
     first, *rest = erasers
+    joined: ConceptEraser | Erasers = first
     for other in rest:
-        first = first | other
-    return first
+        joined = joined | other
+    return joined

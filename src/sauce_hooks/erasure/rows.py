@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Bool
 from torch import Tensor
 
 from sauce_hooks.errors import EditError
-from sauce_hooks.hookpoint import PIXELS, PLACEHOLDERS, VIDEO_PLACEHOLDERS, VIDEOS, TokenLayout
+from sauce_hooks.hookpoint import (
+    PIXELS,
+    PLACEHOLDERS,
+    VIDEO_PLACEHOLDERS,
+    VIDEOS,
+    TokenLayout,
+    image_positions,
+    placeholder_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,8 @@ class Batch:
     """Whose the images are cannot be told: there are images and videos, or no text where there ought to be some."""
     repeats: int = 1
     """Rows of this call for one row of `generate`'s: beams and returned sequences repeat rows in place."""
+    images_rt: Bool[Tensor, "rows tokens"] | None = field(default=None, repr=False, compare=False)
+    """Where images are in the text of this call; None if that is not known."""
 
     @classmethod
     def of(cls, config: Any, arguments: Mapping[str, Any], around: Batch | None = None) -> Batch:
@@ -34,20 +45,22 @@ class Batch:
         images, videos = (_first_tensor(arguments, names) for names in (PIXELS, VIDEOS))
         seen = images if images is not None else videos
         shape = () if seen is None else tuple(seen.shape)
-        tokens = set(_tokens(config, PLACEHOLDERS if images is not None or videos is None else VIDEO_PLACEHOLDERS))
+        tokens = set(placeholder_ids(config, PLACEHOLDERS if images is not None or videos is None else VIDEO_PLACEHOLDERS))
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             return cls(pixels=shape, unclear=bool(tokens))
         counts = sum(((ids == token).sum(1) for token in tokens), start=ids.new_zeros(len(ids))).tolist()
         placeholders = tuple(int(c) for c in counts) if any(counts) else None
         before = around.n if around is not None else None
         repeats = len(ids) // before if before and len(ids) % before == 0 else 1
-        return cls(len(ids), placeholders, shape, images is not None and videos is not None, repeats)
+        unclear = images is not None and videos is not None
+        return cls(len(ids), placeholders, shape, unclear, repeats, image_positions(config, arguments))
 
 
-def row_sizes(n_rows: int, units: int, layout: TokenLayout, batch: Batch) -> list[int]:
+def row_sizes(n_rows: int, units: int, layout: TokenLayout, batch: Batch, *, projected: bool = False) -> list[int]:
     """How many of the `units` (entries of the block's batch, or tokens where images are packed) each row has.
 
     Only what follows from the shapes is used: an erasure that lands on the wrong row would leave a concept in another.
+    What a projector packs (`projected`) takes the place of one image token each.
 
     Raises:
         EditError: it does not follow; the sizes must be given then.
@@ -65,6 +78,8 @@ def row_sizes(n_rows: int, units: int, layout: TokenLayout, batch: Batch) -> lis
     rectangular = len(batch.pixels) >= 5 and images in (n_rows, n_rows * repeats) and units == images * tiles
     if dense and rectangular and (counts is None or all(counts)):
         return [units // n_rows] * n_rows
+    if projected and layout.shape == "packed" and not batch.unclear and counts and units == sum(counts):
+        return list(counts)
     # Every unit gives as many tokens as any other.
     if not batch.unclear and counts and layout.even and all(units * count % sum(counts) == 0 for count in counts):
         return [units * count // sum(counts) for count in counts]
@@ -94,6 +109,16 @@ def given_sizes(sizes: Sequence[int], units: int, layout: TokenLayout, batch: Ba
     return [size * units // sum(sizes) for size in sizes]
 
 
+def text_sizes(n_rows: int, units: int, batch: Batch) -> list[int]:
+    """How many rows of text, at a language layer, each row has: beams and returned sequences repeat it in place."""
+    if units != n_rows * batch.repeats:
+        raise EditError(
+            f"the eraser is for {n_rows} rows, and {units} rows of text come"
+            + (f", {batch.repeats} for each of the batch" if batch.repeats > 1 else "")
+        )
+    return [batch.repeats] * n_rows
+
+
 def spans(sizes: Sequence[int]) -> list[slice]:
     """Consecutive parts of these sizes."""
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
@@ -110,12 +135,3 @@ def _repeats(n_rows: int, batch: Batch) -> int:
 
 def _first_tensor(arguments: Mapping[str, Any], names: Sequence[str]) -> Tensor | None:
     return next((arguments[name] for name in names if isinstance(arguments.get(name), Tensor)), None)
-
-
-def _tokens(config: Any, names: Sequence[str]) -> Iterator[int]:
-    """The placeholders that a config names, itself or in one of its parts."""
-    parts = [part for part in vars(config).values() if hasattr(part, "model_type")] if config is not None else []
-    for part in (config, *parts):
-        found = next((getattr(part, name, None) for name in names if isinstance(getattr(part, name, None), int)), None)
-        if found is not None:
-            yield found

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import torch
+
 from sauce_hooks.bank import Concept, Subspace
 from sauce_hooks.errors import EditError
 
@@ -48,9 +50,11 @@ def stronger(one: Rule, other: Rule) -> Rule:
     Raises:
         EditError: a user stated different factors.
     """
+    if one == other:
+        return one
     if one.stated is not None and other.stated is not None and one.stated != other.stated:
         raise EditError(
-            f"contradicting factors for one feature: γ = {one.stated} and γ = {other.stated}. Give the erasers one "
+            f"contradicting factors: γ = {one.stated} and γ = {other.stated}. Give the erasers one "
             "factor, or leave gamma out: then the strongest of the concepts' own factors holds."
         )
     first, second = _strength(one), _strength(other)
@@ -75,9 +79,10 @@ def _strength(rule: Rule) -> tuple[float | bytes, ...]:
 
 
 def _written_out(subspace: Subspace | None) -> bytes:
-    return (
-        b"" if subspace is None else subspace.basis_rd.detach().cpu().double().numpy().tobytes() + bytes([subspace.inside])
-    )
+    if subspace is None:
+        return b""
+    directions = torch.stack([subspace.basis_rd, subspace.reader_rd])
+    return bytes([subspace.inside]) + directions.detach().cpu().double().numpy().tobytes()
 
 
 def merge_rules(all_rules: Iterable[Mapping[int, Rule]]) -> dict[int, Rule]:
@@ -86,7 +91,10 @@ def merge_rules(all_rules: Iterable[Mapping[int, Rule]]) -> dict[int, Rule]:
     for rules in all_rules:
         for feature, rule in rules.items():
             held = merged.get(feature)
-            merged[feature] = rule if held is None or held is rule else stronger(held, rule)
+            try:
+                merged[feature] = rule if held is None or held is rule else stronger(held, rule)
+            except EditError as problem:
+                raise EditError(f"feature {feature}: {problem}") from None
     return merged
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary, ref
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sauce_hooks.erasure.apply import chosen_tokens, edit_tokens
+from sauce_hooks.erasure.apply import edit_tokens, edited_positions
 from sauce_hooks.erasure.attachment import Attachment, of_this_task
 from sauce_hooks.erasure.compiled import opaque, uncompiled
 from sauce_hooks.erasure.effect import Again, Probe, Reader, disturbed, finite, tensors
@@ -65,16 +65,22 @@ class _Call:
 
     name: str
     batch: Batch
+    active: tuple[Attachment, ...]
+    """What was on when it began."""
     saw_images: tuple[Attachment, ...]
-    """What was on, if it had images."""
+    """The same, if it had images."""
     unproven: Sequence[HookPoint] = ()
     how: tuple[str, ...] = ()
     ran: dict[str, Again] = field(default_factory=dict[str, Again])
-    """The towers that have run in it; kept only while something is unproven, as are the readers."""
+    """The towers that have run in it; kept only while something is unproven."""
     towers: set[str] = field(default_factory=set[str])
     """Every tower that has run in it."""
+    edited: set[Attachment] = field(default_factory=set[Attachment])
+    """What was edited in it behind the towers."""
+    is_model: bool = True
+    """Whether the language model runs in it, and not only what encodes images."""
     readers: list[Reader] = field(default_factory=list[Reader])
-    """What was called beside the towers since, in order."""
+    """What was called beside the towers, in order; kept only while something is unproven."""
     frame: FrameType | None = None
     """Where it runs. An interrupt is no `Exception`, so torch calls no hook when it ends a forward."""
 
@@ -249,14 +255,19 @@ class Site:
             self._fail(active, self._displaced())
         has_images = any(tensors(arguments.get(pixels)) for pixels in (*PIXELS, *VIDEOS))
         if outermost and not has_images:
-            self._refuse_what_goes_round([a for a in active if not a.is_null and not a.allow_bypass], arguments)
+            strict = [a for a in active if not a.is_null and not a.allow_bypass and a.hook_point.place != "language"]
+            self._refuse_what_goes_round(strict, arguments)
         root, around = self._root(), self._here.generate
         config = getattr(root, "config", None)
-        batch = Batch.of(config, arguments, around and around.batch) if any(a.rows for a in active) else Batch()
+        by_batch = any(a.rows or a.looks_for_images for a in active)
+        batch = Batch.of(config, arguments, around and around.batch) if by_batch else Batch()
         how = tuple(str(arguments.get(option, getattr(config, option, None))) for option in HOW_IT_READS)
         points = {a.hook_point.path: a.hook_point for a in active if not a.is_null}
+        if any(p.place == "language" for p in points.values()) and _is_filled(arguments.get("past_key_values")):
+            # Run again it goes without the cache, and would end elsewhere for that.
+            points = {path: point for path, point in points.items() if point.place != "language"}
         unproven = [p for p in points.values() if Proof(p.path, "language side", how) not in self._proofs]
-        return _Call(name, batch, active if has_images and outermost else (), unproven, how)
+        return _Call(name, batch, active, active if has_images and outermost else (), unproven, how)
 
     def _refuse_what_goes_round(self, strict: Sequence[Attachment], arguments: Mapping[str, Any]) -> None:
         """Features that are handed in must have been made with every edit on, as far as that can be told."""
@@ -291,6 +302,7 @@ class Site:
             stack.callback(setattr, self._here, "call", None)
             around = self._here.generate
             self._here.call = call = self._open(name, _by_name(encode, args, kwargs), outermost=around is None)
+            call.is_model = False
             if around is not None:
                 call.batch = around.batch
             output = encode(*args, **kwargs)
@@ -322,17 +334,38 @@ class Site:
 
     def _count_images(self, call: _Call) -> None:
         """Those whose tower had nothing to do, because the images went through another that is edited, saw none."""
-        edited = call.towers & {a.hook_point.tower for a in call.saw_images if not a.is_null}
-        seen = [a for a in call.saw_images if a.hook_point.tower in call.towers or not edited]
-        self._count(seen, "images_seen")
+        at_towers = [a for a in call.saw_images if a.hook_point.place == "tower"]
+        edited = call.towers & {a.hook_point.tower for a in at_towers if not a.is_null}
+        idle = [a for a in at_towers if edited and a.hook_point.tower not in call.towers]
+        self._count([a for a in call.saw_images if a not in idle], "images_seen")
 
     def _close(self, call: _Call, function: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> None:
         self._count_images(call)
+        missed = [a for a in self._expected_behind(call) if a not in call.edited and a.active]
+        if missed:
+            self._fail(missed, f"the model ran, but not the edit of {missed[0].hook_point.path}. Was it replaced meanwhile?")
         self._remember(output)
         for point in call.unproven:
-            if point.tower in call.ran:
+            if point.place == "tower" and point.tower in call.ran:
                 again = Again(function, args, kwargs, output, call.readers, of_the_tower=not point.tower)
-                self._prove(point, call.how, again, call.ran[point.tower])
+                self._prove(point, call, again, call.ran[point.tower])
+            elif point.place == "projector" and point.path in _paths(call.edited):
+                self._prove(point, call, Again(function, args, kwargs, output, call.readers))
+            elif point.place == "language" and (here := [a for a in call.edited if a.hook_point.path == point.path]):
+                # The head reads the very tokens that are disturbed, but it is the other ones that are to feel it.
+                own_rt = call.batch.images_rt if here[0].looks_for_images else None
+                self._prove(point, call, Again(function, args, kwargs, output, leave_out_rt=own_rt))
+
+    def _expected_behind(self, call: _Call) -> list[Attachment]:
+        """What must have been edited behind the towers in a call."""
+        images_rt = call.batch.images_rt
+        in_text = call.is_model and images_rt is not None and bool(images_rt.any())
+        return [
+            a
+            for a in call.active
+            if (a.hook_point.place == "projector" and call.towers)
+            or (a.hook_point.place == "language" and (in_text if a.looks_for_images else call.is_model))
+        ]
 
     # The tower, what stands beside it, and the block. -----------------------------------------------------------------
 
@@ -344,20 +377,21 @@ class Site:
             return
         live = [a for a in active if not a.is_null]
         reads = reads_of(root, *self._towers[path][1:])
-        stale = [a for a in live if a.hook_point.tower == path and a.hook_point.reads != reads]
+        here = [a for a in active if a.hook_point.place == "tower" and a.hook_point.tower == path]
+        stale = [a for a in here if not a.is_null and a.hook_point.reads != reads]
         if stale:
             self._fail(
                 stale,
                 f"the model's config has changed: the language side reads the blocks {', '.join(str(i + 1) for i in reads)} "
                 f"now, and {stale[0].hook_point.path} was found when it read others. Make a new eraser.",
             )
-        if live and not any(a.hook_point.tower == path or a.allow_bypass for a in live):
+        if live and not any(a in here or a.allow_bypass or a.hook_point.place != "tower" for a in live):
             self._fail(
                 live,
                 f"images go through {path or 'the model'} too, which no eraser edits: the concept gets by that way. Erase "
                 "there as well (find_hook_point takes the path of a block there), or allow_bypass=True.",
             )
-        self._here.run = _Run(path, tuple(a for a in active if a.hook_point.tower == path))
+        self._here.run = _Run(path, tuple(here))
 
     def _after_tower(self, path: str, tower: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         run, call = self._here.run, self._here.call
@@ -372,7 +406,7 @@ class Site:
                 f"the vision tower ran {missed[0].tower_runs} times, but the edit of {missed[0].hook_point.path} "
                 f"{missed[0].edits_run} times: images went by unedited. Was the block replaced meanwhile?",
             )
-        self._remember(output)
+        self._remember(output, within=path)
         for open_call in filter(None, (call, self._here.generate)):
             open_call.towers.add(path)
         alone = Again(tower.forward, args, kwargs, output, of_the_tower=True)
@@ -381,7 +415,7 @@ class Site:
         elif call is None:
             for point in {a.hook_point.path: a.hook_point for a in run.expected if not a.is_null}.values():
                 if not self.is_proven(point) and Proof(point.path, "tower") not in self._proofs:
-                    self._prove(point, (), alone)
+                    self._prove(point, None, alone)
 
     def _on_reader(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Something beside the tower is called, perhaps with what the tower gave."""
@@ -389,7 +423,7 @@ class Site:
         call, probe = self._here.call, self._here.probe
         if probe:
             probe.reached(name, args, kwargs)
-        elif call is not None and call.unproven and call.ran:
+        elif call is not None and call.unproven:
             call.readers.append((name, tensors((args, kwargs))))
 
     def _on_block(self, path: str, block: nn.Module, args: Any, output: Any) -> Any:
@@ -399,21 +433,31 @@ class Site:
             return None
         point = here[0].hook_point
         acts_utd = as_tokens(output, point)
+        call = self._here.call or self._here.generate
+        batch = probe.batch if probe else call.batch if call else Batch.of(getattr(self._root(), "config", None), {})
         if probe and probe.path == path:
             probe.disturbed = True
-            return as_output(disturbed(acts_utd, chosen_tokens(here[0], acts_utd)), output, point)
-        call = self._here.call or self._here.generate
-        batch = call.batch if call else Batch.of(getattr(self._root(), "config", None), {})
+            return as_output(disturbed(acts_utd, edited_positions(here[0], acts_utd, batch)), output, point)
+        if here[0].looks_for_images and batch.images_rt is not None and not batch.images_rt.any():
+            return None  # words alone: a step of `generate`, say
         edited = edit_tokens(here, acts_utd, batch, self._merge)
         if not probe:
             self._count(here, "edits_run")
-            if self._here.run is not None:
+            if point.place == "tower" and self._here.run is not None:
                 self._here.run.edited.update(here)
+            if point.place != "tower" and self._here.call is not None:
+                self._here.call.edited.update(here)
         return None if edited is None else as_output(edited, output, point)
 
-    def _remember(self, output: Any) -> None:
+    def _remember(self, output: Any, within: str | None = None) -> None:
+        """What a call, or a tower, gave was made with every edit on that is not behind it."""
+        on = [
+            a
+            for a in self._active()
+            if within is None or a.hook_point.place == "tower" or a.hook_point.path.startswith(f"{within}.")
+        ]
         for tensor in tensors(output, detached=False):
-            for attachment in self._active():
+            for attachment in on:
                 self._made[tensor.untyped_storage().data_ptr(), attachment] = tensor
 
     def _made_with(self, edit: Attachment, handed: Sequence[Tensor]) -> bool:
@@ -432,14 +476,15 @@ class Site:
         """Whether the language side was seen to get something else because of the block's output."""
         return any(proof.path == point.path and proof.who == "language side" for proof in self._proofs)
 
-    def _prove(self, point: HookPoint, how: tuple[str, ...], *attempts: Again) -> None:
+    def _prove(self, point: HookPoint, call: _Call | None, *attempts: Again) -> None:
         """Run again with the block's output disturbed: somebody must get something else than in the real run."""
         root = self._root()
         if root is None or root.training or not finite(attempts[0].output):
             return  # dropout, or NaN, would look like an effect: wait for a call that can tell
-        reached = False
+        reached, how = False, () if call is None else call.how
+        batch = Batch.of(getattr(root, "config", None), {}) if call is None else call.batch
         for attempt in attempts:
-            probe = self._here.probe = Probe(point.path, iter(attempt.readers))
+            probe = self._here.probe = Probe(point.path, attempt.readers, batch)
             try:
                 with uncompiled():
                     seen = attempt.differs(root, probe)
@@ -452,6 +497,8 @@ class Site:
             reached = reached or probe.disturbed
             if probe.disturbed:  # and nobody noticed; otherwise it cannot be run again like this, and says nothing
                 break
+        if point.place != "tower" and not reached:
+            return  # the call cannot be run again: another one will tell
         self._fail(
             [a for a in self.attachments if a.hook_point.path == point.path],
             f"an edit of {point.path} does not reach the language side: "
@@ -494,6 +541,16 @@ def _by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[
     if not args:
         return kwargs
     return {**dict(zip(inspect.signature(function).parameters, args, strict=False)), **kwargs}
+
+
+def _paths(attachments: Iterable[Attachment]) -> set[str]:
+    return {attachment.hook_point.path for attachment in attachments}
+
+
+def _is_filled(cache: Any) -> bool:
+    """Whether a cache holds something already; one that does not tell may."""
+    length = getattr(cache, "get_seq_length", None)
+    return cache is not None and (length is None or bool(length()))
 
 
 def _on_the_way(towers: Sequence[str]) -> set[str]:

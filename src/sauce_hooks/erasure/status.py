@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sauce_hooks.erasure.attach import attachments
 from sauce_hooks.erasure.attachment import Scope
+from sauce_hooks.hookpoint import Place
 
 if TYPE_CHECKING:
     from sauce_hooks.erasure.eraser import ConceptEraser
@@ -23,6 +24,8 @@ class EraserStatus:
     """What it erases: whatever goes through the model, or only what this thread or task runs."""
     path: str
     """The block whose output is edited."""
+    place: Place
+    """Whether that is in the vision tower or behind it."""
     block: int
     """Index of that block."""
     n_blocks: int
@@ -54,7 +57,7 @@ class EraserStatus:
         effect = self.problem or ("proven" if self.proven else "not yet seen: no image so far")
         lines = {
             "eraser": f"{state}, scope {self.scope!r}, {self.others} other edits at this block",
-            "block": f"{self.path} ({self.block + 1} of {self.n_blocks}; read: {', '.join(str(i + 1) for i in self.reads)})",
+            "block": f"{self.path} ({self._where()})",
             **{f"  {name}": _features(features, self.gammas) for name, features in self.concepts.items()},
             "error": "kept" if self.preserve_error else "dropped",
             "runs": f"{self.images_seen} calls with images, {self.tower_runs} of the tower, {self.edits_run} of the edit",
@@ -64,6 +67,14 @@ class EraserStatus:
             lines["rows"] = "; ".join(", ".join(row) or "nothing" for row in self.rows)
         width = max(map(len, lines))
         return "\n".join(f"{name:<{width}}  {text}" for name, text in lines.items())
+
+    def _where(self) -> str:
+        if self.place == "projector":
+            return "the projector"
+        counted = f"{self.block + 1} of {self.n_blocks}"
+        if self.place == "language":
+            return f"language layer {counted}"
+        return f"{counted}; read: {', '.join(str(i + 1) for i in self.reads)}"
 
 
 def _features(features: tuple[int, ...], gammas: Mapping[int, float]) -> str:
@@ -87,6 +98,7 @@ def status_of(eraser: ConceptEraser) -> EraserStatus:
         attached=len(own),
         scope=eraser.scope,
         path=point.path,
+        place=point.place,
         block=point.layer,
         n_blocks=point.n_layers,
         reads=point.reads,

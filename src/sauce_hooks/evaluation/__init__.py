@@ -3,6 +3,7 @@
 from sauce_hooks.evaluation.answers import Answer, ask, prepare
 from sauce_hooks.evaluation.describe import describe_sae
 from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, loss_added, own_answers, prepare_answers
+from sauce_hooks.evaluation.measure import chat_prompt, default_wording, measure_images, measure_probes, tune_concept
 from sauce_hooks.evaluation.metrics import METRICS, Rate
 from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording, mentions
 from sauce_hooks.evaluation.results import ORIGINAL, Results
@@ -22,11 +23,16 @@ __all__ = [
     "Results",
     "Wording",
     "ask",
+    "chat_prompt",
+    "default_wording",
     "describe_sae",
     "evaluate",
     "loss_added",
+    "measure_images",
+    "measure_probes",
     "mentions",
     "own_answers",
     "prepare",
     "prepare_answers",
+    "tune_concept",
 ]

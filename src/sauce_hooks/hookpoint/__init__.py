@@ -1,6 +1,8 @@
 """Room 1: where in a model. `find_hook_point(model)` gives a `HookPoint`."""
 
+from sauce_hooks.hookpoint.behind import Place
 from sauce_hooks.hookpoint.families import (
+    BEHIND,
     FAMILIES,
     FEATURES,
     HANDED_IN,
@@ -10,6 +12,7 @@ from sauce_hooks.hookpoint.families import (
     TOWERS,
     VIDEO_PLACEHOLDERS,
     VIDEOS,
+    Behind,
     Family,
     Reads,
     TokenLayout,
@@ -27,13 +30,17 @@ from sauce_hooks.hookpoint.tokens import (
     as_tokens,
     default_policy,
     draw,
+    image_positions,
+    placeholder_ids,
     positions,
     select,
+    select_from,
     tokens_per_image,
 )
 from sauce_hooks.hookpoint.wrappers import submodule, unwrap
 
 __all__ = [
+    "BEHIND",
     "FAMILIES",
     "FEATURES",
     "HANDED_IN",
@@ -43,9 +50,11 @@ __all__ = [
     "TOWERS",
     "VIDEOS",
     "VIDEO_PLACEHOLDERS",
+    "Behind",
     "EditTokens",
     "Family",
     "HookPoint",
+    "Place",
     "ReadTokens",
     "Reads",
     "TokenLayout",
@@ -62,10 +71,13 @@ __all__ = [
     "evaluating",
     "find_hook_point",
     "find_towers",
+    "image_positions",
+    "placeholder_ids",
     "positions",
     "reads_of",
     "record_tower",
     "select",
+    "select_from",
     "submodule",
     "tokens_per_image",
     "untouched",

@@ -124,6 +124,22 @@ class Family:
     """False where tiles, or patches, give the language model different numbers of tokens (cut-off padding, new lines)."""
 
 
+@dataclass(frozen=True)
+class Behind:
+    """One row of the table of what stands behind a family's towers: the way of an image into the text.
+
+    Listed is only what every image goes through, and nothing else of it: a family that also hands features of earlier blocks
+    to the language model (qwen3_vl, granite4_vision) or reads them by cross-attention (mllama) has no such place.
+    """
+
+    layers: str
+    """The decoder layers of the language model, from the model that `from_pretrained` returns."""
+    projector: str | None = None
+    """What makes a vision tower's tokens as wide as the text's; called once in a forward. None: no such module."""
+    shape: Shape | None = None
+    """What the projector writes; None: packed as the tower's blocks do, or else `batch`."""
+
+
 _CLASS_FIRST = Tower("encoder.layers", class_token="first")
 _PATCHES = Tower("encoder.layers")
 _PACKED_BLOCKS = Tower("blocks", shape="packed", fixed=False)
@@ -282,6 +298,34 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
         "fuyu": Family(refused="Fuyu has no vision tower: patches go through one linear layer into the language model"),
         "udop": Family(refused="UDOP has no vision tower: patch embeddings are mixed into the text encoder's input"),
         "chameleon": Family(refused="Chameleon has no residual stream for images: they become discrete VQ-VAE tokens"),
+    }
+)  # fmt: skip
+"""By the `model_type` of the model's config."""
+
+_LAYERS = "model.language_model.layers"
+_PROJECTOR = Behind(_LAYERS, "model.multi_modal_projector")
+_ALIGNER = Behind(_LAYERS, "model.aligner")
+_CONNECTOR = Behind("model.text_model.layers", "model.connector")
+_MERGER = Behind(_LAYERS, "model.visual.merger")
+_NO_PROJECTOR = Behind(_LAYERS)
+"""Its projector runs once for each image or for each of two towers, or writes something else than tokens."""
+
+BEHIND: Mapping[str, Behind] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            ("llava", "mistral3", "llava_next", "llava_next_video", "llava_onevision", "vipllava", "internvl", "aria",
+             "paligemma", "gemma3"),
+            _PROJECTOR,
+        ),
+        "got_ocr2": Behind(_LAYERS, "model.multi_modal_projector", "batch"),
+        **dict.fromkeys(("aya_vision", "cohere2_vision"), Behind(_LAYERS, "model.multi_modal_projector", "grid")),
+        "lighton_ocr": Behind(_LAYERS, "model.vision_projection"),
+        **dict.fromkeys(("deepseek_vl", "deepseek_vl_hybrid", "janus"), _ALIGNER),
+        **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), _CONNECTOR),
+        **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe", "glm_ocr"), _MERGER),
+        **dict.fromkeys(("paddleocr_vl", "video_llama_3"), Behind(_LAYERS, "model.projector")),
+        "gemma4": Behind(_LAYERS, "model.embed_vision", "packed"),
+        **dict.fromkeys(("video_llava", "lfm2_vl", "molmo2", "kimi_k25", "minicpmv4_6", "ovis2"), _NO_PROJECTOR),
     }
 )  # fmt: skip
 """By the `model_type` of the model's config."""

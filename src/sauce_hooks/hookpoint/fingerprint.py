@@ -76,22 +76,26 @@ class TowerRecord:
         )
 
 
-def record_tower(tower: nn.Module, block: nn.Module, *, layer: int, n_layers: int, d_in: int) -> TowerRecord:
+def record_tower(
+    tower: nn.Module, block: nn.Module, *, layer: int, n_layers: int, d_in: int, size_of: nn.Module | None = None
+) -> TowerRecord:
     """Remember a tower. Costs a few milliseconds and one transfer per device; changes nothing.
 
     Args:
-        tower: the vision tower; its `config` may say `image_size` and `patch_size`.
+        tower: the vision tower, or the whole model for a place behind it; its `config` may say `image_size` and
+            `patch_size`.
         block: the hooked block, one of the tower's modules.
         layer: the block's index.
         n_layers: blocks of the tower.
         d_in: width of the residual stream.
+        size_of: whose `config` says the sizes, if not the tower's own does: of a whole model, its tower's.
 
     Raises:
         ValueError: the block is not in the tower.
     """
     plain, linear = _weights(tower, block)
     values = _sample(plain + linear)
-    config = getattr(tower, "config", None)
+    config = getattr(tower if size_of is None else size_of, "config", None)
     return TowerRecord(
         values=values[: _PER_TENSOR * len(plain)],
         linear_values=values[_PER_TENSOR * len(plain) :],

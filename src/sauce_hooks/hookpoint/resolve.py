@@ -7,12 +7,13 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from sauce_hooks.errors import HookPointError, UnlistedFamilyWarning
+from sauce_hooks.hookpoint.behind import Place, find_behind, listing_behind
 from sauce_hooks.hookpoint.families import FAMILIES, PIXELS, TOWERS, Family, TokenLayout, Tower, TowerPlace
 from sauce_hooks.hookpoint.fingerprint import TowerRecord, record_tower
 from sauce_hooks.hookpoint.wrappers import block_of_name, submodule, unwrap
@@ -25,24 +26,26 @@ _NO_TOKENS = ("mask_token",)
 
 @dataclass(frozen=True)
 class HookPoint:
-    """One block of a vision tower, and what must be known to read and edit its output."""
+    """One block of a vision tower, or a place behind it, and what must be known to read and edit its output."""
 
     path: str
     """Dotted path of the block from the Hugging Face model, whatever that is wrapped in."""
     layer: int
     """Index of the block, 0 to n_layers−1. `hidden_states[layer + 1]` is its output."""
     n_layers: int
-    """Blocks of the tower."""
+    """Blocks of the tower, or layers of the language model; 1 for a projector."""
     d_in: int
     """Width of the residual stream."""
     family: str
     """The model's `config.model_type`."""
     tower: str
-    """Dotted path of the tower; `""` where the model is one."""
+    """Dotted path of the tower; `""` where the model is one, and behind the tower, where the whole model leads to."""
     layout: TokenLayout
-    """How the tokens of an image lie."""
+    """How the tokens of an image lie; at a language layer, how the rows of text do."""
     reads: tuple[int, ...]
-    """Indices of the blocks whose output the language side reads, ascending."""
+    """Indices of the blocks whose output the language side reads, ascending; behind the tower, of the last layer."""
+    place: Place = "tower"
+    """A block of the vision tower, the projector behind it, or a decoder layer of the language model."""
 
     @property
     def last_read(self) -> int:
@@ -63,21 +66,26 @@ class HookPoint:
         return _walk(model, self.tower)
 
     def record(self, model: Any) -> TowerRecord:
-        """What is remembered of the tower up to this block, to know it again."""
+        """What is remembered of the tower up to this block, to know it again; behind the tower, of the model up to there."""
         tower, block = self.tower_module(model), self.module(model)
+        if self.place != "tower":  # the tower decides what comes here too, so the record begins with it
+            size_of = find_towers(tower)[0].module
+            return record_tower(tower, block, layer=self.layer, n_layers=self.n_layers, d_in=self.d_in, size_of=size_of)
         if "modules_to_save" in dict(tower.named_children()):  # PEFT runs a trained copy of the tower, and that one counts
             copies = (m for m in tower.modules() if m is not tower and hasattr(m, "config"))
             tower = next(copy for copy in copies if block in set(copy.modules()))
         return record_tower(tower, block, layer=self.layer, n_layers=self.n_layers, d_in=self.d_in)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
+        """JSON-ready; a block of a tower is written as it was before there were other places."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("place", "tower")}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HookPoint:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; `ValueError` if it names a place that there is none of."""
         fields = dict(data)
+        if fields.get("place", "tower") not in get_args(Place):
+            raise ValueError(f"unknown place {fields['place']!r}; known: {', '.join(get_args(Place))}")
         layout = dict(fields["layout"])
         layout["tiles_in_row"] = layout["tiles_in_row"] and tuple(layout["tiles_in_row"])
         fields["layout"], fields["reads"] = TokenLayout(**layout), tuple(fields["reads"])
@@ -104,7 +112,8 @@ def find_hook_point(model: Any, layer: int | str | None = None) -> HookPoint:
             PEFT, nnsight, a `TransformerBridge`, `torch.compile`, `DataParallel` or DDP. Families that
             `hookpoint.families` does not list are found by structure where that is unambiguous.
         layer: as Hugging Face's `hidden_states` counts: −1 is the last block of the tower, −2 the penultimate one, 1 the
-            first; or the dotted path of a block; or a TransformerLens name. None: the penultimate block (the paper's
+            first; or the dotted path of a block, of the projector ("model.multi_modal_projector") or of a decoder layer
+            ("model.language_model.layers.2"); or a TransformerLens name. None: the penultimate block (the paper's
             choice, and what LLaVA reads), or the first one that the language side reads, if that comes earlier: an edit
             behind it would be gone by.
 
@@ -115,6 +124,10 @@ def find_hook_point(model: Any, layer: int | str | None = None) -> HookPoint:
     towers = find_towers(root)
     tower = towers[0]
     if isinstance(layer, str):
+        behind = find_behind(root, _family_name(root), tower.layout, layer)
+        if behind is not None:
+            last = (behind.n_layers - 1,)
+            return HookPoint(**behind._asdict(), family=_family_name(root), tower="", reads=last)
         tower, index = _named(model, towers, layer)
     else:
         n = len(tower.blocks)
@@ -270,7 +283,8 @@ def _named(model: Any, towers: tuple[_Found, ...], name: str) -> tuple[_Found, i
     if index is not None and index < len(towers[0].blocks):
         return towers[0], index
     listing = "; ".join(f"{len(t.blocks)} blocks {t.blocks[0][0]} to {t.blocks[-1][0]}" for t in towers)
-    raise HookPointError(f"{name!r} is no block of a vision tower of this model, which has {listing}.")
+    behind = listing_behind(unwrap(model), _family_name(unwrap(model)))
+    raise HookPointError(f"{name!r} is no block of a vision tower of this model, which has {listing}. {behind}")
 
 
 def _counted(layer: int, n: int) -> int:

@@ -6,16 +6,17 @@ the class token before the language model, so an SAE that only ever edits it doe
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from sauce_hooks.errors import HookPointError, TokenPolicyError
-from sauce_hooks.hookpoint.families import TokenLayout
+from sauce_hooks.hookpoint.families import PLACEHOLDERS, VIDEO_PLACEHOLDERS, TokenLayout
 from sauce_hooks.hookpoint.resolve import HookPoint
 
 ReadTokens = Literal["all", "patches", "class", "last"]
@@ -45,8 +46,12 @@ class TokenPolicy:
 
 
 def default_policy(hook_point: HookPoint) -> TokenPolicy:
-    """Every patch; and the class token where the language side reads that too, for the concept is in it as well."""
-    return TokenPolicy(edit="all" if hook_point.layout.class_read else "patches")
+    """Every patch; and the class token where the language side reads that too, for the concept is in it as well.
+
+    At a language layer the patches are read and every token is edited: the words behind an image have looked at it in the
+    layers before.
+    """
+    return TokenPolicy(edit="all" if hook_point.layout.class_read or hook_point.place == "language" else "patches")
 
 
 def as_tokens(output: Any, hook_point: HookPoint) -> Float[Tensor, "units tokens d"]:
@@ -112,6 +117,59 @@ def select(
     return acts_utd[:, chosen.start : chosen.stop] if isinstance(chosen, range) else acts_utd[:, chosen]
 
 
+def select_from(
+    output: Any, hook_point: HookPoint, tokens: ReadTokens, config: Any, arguments: Mapping[str, Any]
+) -> Float[Tensor, "units chosen d"]:
+    """The chosen tokens of what a block gave, one unit an image; at a language layer those of all rows in one unit.
+
+    Args:
+        output: what the block gave.
+        hook_point: the block.
+        tokens: the policy; at a language layer "patches" (the image's positions), "last" (the last of them in each row) or
+            "all" (every token that is no padding).
+        config: the model's config, which says what stands for an image in the text.
+        arguments: what the model was called with, by name.
+
+    Raises:
+        TokenPolicyError: no such token.
+        HookPointError: where the images are in the text cannot be told, or they are nowhere.
+    """
+    acts_utd = as_tokens(output, hook_point)
+    if hook_point.place != "language":
+        return select(acts_utd, hook_point.layout, tokens)
+    if tokens == "class":
+        raise TokenPolicyError(f'tokens="class": {hook_point.path} has no class token. Use "patches", "last" or "all".')
+    given: Any = arguments.get("attention_mask") if tokens == "all" else image_positions(config, arguments)
+    where_ut = torch.ones_like(acts_utd[..., 0], dtype=torch.bool) if tokens == "all" and given is None else given
+    if not isinstance(where_ut, Tensor) or where_ut.shape != acts_utd.shape[:2] or not where_ut.any():
+        raise HookPointError(
+            f"where the images are in the text that reaches {hook_point.path} cannot be told: give batches of model inputs "
+            "with input_ids that hold the image's tokens, as processor(images=..., text=...) makes them"
+        )
+    where_ut = where_ut.to(acts_utd.device, torch.bool)
+    if tokens == "last":
+        where_ut = where_ut & (where_ut.cumsum(1) == where_ut.sum(1, keepdim=True))
+    return acts_utd[where_ut][None]
+
+
+def image_positions(config: Any, arguments: Mapping[str, Any]) -> Bool[Tensor, "rows tokens"] | None:
+    """Where images and videos are in the text of a call; None without `input_ids`, or where no token stands for them."""
+    ids: Any = arguments.get("input_ids")
+    stand_ins = {*placeholder_ids(config, PLACEHOLDERS), *placeholder_ids(config, VIDEO_PLACEHOLDERS)}
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not stand_ins:
+        return None
+    return torch.isin(ids, torch.tensor(sorted(stand_ins), device=ids.device, dtype=ids.dtype))
+
+
+def placeholder_ids(config: Any, names: Sequence[str]) -> Iterator[int]:
+    """The placeholders that a config names, itself or in one of its parts."""
+    parts = [part for part in vars(config).values() if hasattr(part, "model_type")] if config is not None else []
+    for part in (config, *parts):
+        found = next((getattr(part, name, None) for name in names if isinstance(getattr(part, name, None), int)), None)
+        if found is not None:
+            yield found
+
+
 def draw(acts_btd: Float[Tensor, "batch tokens d"], n: int, generator: torch.Generator) -> Float[Tensor, "batch drawn d"]:
     """`n` random tokens of each image, in their order, none twice; all of them where there are no more than `n`.
 
@@ -131,7 +189,7 @@ def tokens_per_image(model: nn.Module, hook_point: HookPoint, tokens: ReadTokens
     config: Any = hook_point.tower_module(model).config
     size, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
     layout = hook_point.layout
-    if not layout.fixed or layout.shape == "maps" or size is None or patch is None:
+    if hook_point.place != "tower" or not layout.fixed or layout.shape == "maps" or size is None or patch is None:
         return None
     (height, width), (rows, columns) = ((s, s) if isinstance(s, int) else tuple(s) for s in (size, patch))
     total = (height // rows) * (width // columns) + (layout.class_token != "none") + layout.registers

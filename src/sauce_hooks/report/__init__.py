@@ -1,5 +1,7 @@
 """Room 7: pictures and pages. Results go in, a self-contained HTML page comes out."""
 
+from sauce_hooks.report.concept import render_concept, write_concept
+from sauce_hooks.report.concept_data import Evidence, look
 from sauce_hooks.report.content import (
     Activating,
     Card,
@@ -21,19 +23,23 @@ __all__ = [
     "ChangeMap",
     "ConceptFeatures",
     "DemoPage",
+    "Evidence",
     "FeatureCard",
     "Figure",
     "MetricRow",
     "Piece",
     "YesNo",
     "compare_words",
+    "look",
     "mark_patch",
     "metric_rows",
     "overlay_change",
     "png_data_uri",
+    "render_concept",
     "render_features",
     "render_page",
     "tidy",
+    "write_concept",
     "write_features",
     "write_page",
 ]

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import base64
-import io
 import math
-import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from jinja2 import Environment, StrictUndefined
-from PIL import Image
 from torch import Tensor
 
-from sauce_hooks.bank import write_text_atomically
 from sauce_hooks.errors import SAEFileError
+from sauce_hooks.report.pictures import is_small_jpeg
+from sauce_hooks.report.rendering import render, write_html
 from sauce_hooks.sae.gallery import Gallery
 from sauce_hooks.sae.vision_sae import DENSE_ABOVE, FeatureStats, VisionSAE
 
 _TEMPLATE = "features.html.j2"
 _BINS = 48
-_LARGEST_SIDE = 256
+LARGEST_SIDE = 256
 """Pixels; a larger thumbnail is not put on the page."""
 _NO_PICTURE = 2**16 - 1
 """The entry of a top image whose thumbnail is not on the page; so no more than as many thumbnails are."""
@@ -157,7 +153,7 @@ def render_features(sae: VisionSAE, name: str) -> str:
     arrays = _scalars(stats, gallery)
     thumbnails, kept = "", 0
     if gallery is not None:
-        small = {number: jpeg for number, jpeg in sorted(gallery.thumbnails.items()) if _is_small_jpeg(jpeg)}
+        small = {number: jpeg for number, jpeg in sorted(gallery.thumbnails.items()) if is_small_jpeg(jpeg, LARGEST_SIDE)}
         pictures = dict(list(small.items())[: _NO_PICTURE - 1])
         thumbnails, kept = _joined(list(pictures.values())), len(pictures)
         arrays |= _top(gallery, list(pictures)) | {"starts": _starts(list(pictures.values()))}
@@ -170,10 +166,9 @@ def render_features(sae: VisionSAE, name: str) -> str:
         "largest": largest is not None,
         "concepts": [{"name": concept.name, "features": list(concept.features)} for concept in sae.concepts.values()],
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = (files("sauce_hooks.report") / _TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(template).render(
-        name=name.encode("utf-8", "replace").decode(),  # a folder's name can be of any bytes
+    return render(
+        _TEMPLATE,
+        name=name,
         sae=sae,
         gallery=gallery,
         wanted=0 if gallery is None else len(gallery.images_fk[gallery.images_fk >= 0].unique()),
@@ -194,11 +189,7 @@ def render_features(sae: VisionSAE, name: str) -> str:
 
 def write_features(sae: VisionSAE, path: str | Path, name: str) -> Path:
     """Write the page, whole or not at all; returns where it lies."""
-    path = Path(path).resolve()
-    html = render_features(sae, name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, html)
-    return path
+    return write_html(render_features(sae, name), path)
 
 
 def _stats_of(sae: VisionSAE) -> FeatureStats:
@@ -238,16 +229,6 @@ def _top(gallery: Gallery, kept: list[int]) -> dict[str, np.ndarray]:
         "strength": gallery.strengths_fk.float().numpy().astype("<f4"),
         "numbers": numbers[:-1].astype("<u4"),
     }
-
-
-def _is_small_jpeg(picture: bytes) -> bool:
-    """Whether a browser can show it cheaply; a file of a stranger may hold anything. Reads the header only."""
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(picture), formats=["JPEG"]) as image:
-            warnings.simplefilter("ignore")
-            return max(image.size) <= _LARGEST_SIDE
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return False
 
 
 def _padded(size: int) -> int:

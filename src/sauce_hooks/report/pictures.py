@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 
 import numpy as np
 from jaxtyping import Float
@@ -21,6 +22,23 @@ def png_data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def jpeg_data_uri(image: Image.Image, quality: int = 80) -> str:
+    """The same as a JPEG: a tenth of the size for photos, and not exact."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def is_small_jpeg(picture: bytes, largest_side: int) -> bool:
+    """Whether a browser can show it cheaply; a file of a stranger may hold anything. Reads the header only."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(picture), formats=["JPEG"]) as image:
+            warnings.simplefilter("ignore")
+            return max(image.size) <= largest_side
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def thumbnail(image: Image.Image, side: int) -> Image.Image:
@@ -49,10 +67,23 @@ def overlay_change(image: Image.Image, change: Float[np.ndarray, "rows columns"]
         strongest: the change that gets the full colour, so that several pictures share one scale.
     """
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float64)
-    share = np.clip(change / strongest, 0, 1) if strongest > 0 else np.zeros_like(change)
-    low, high = _OPACITY
-    alpha = np.where(change > 0, low + (high - low) * share, 0.0)
+    alpha = _opacity(change, strongest)
     rows = np.arange(image.height) * change.shape[0] // image.height
     columns = np.arange(image.width) * change.shape[1] // image.width
     alpha_hw1 = alpha[rows][:, columns, None]
     return Image.fromarray((grey * (1 - alpha_hw1) + np.array(CHANGE_RGB) * alpha_hw1).round().astype(np.uint8))
+
+
+def tint(strength: Float[np.ndarray, "rows columns"], strongest: float) -> Image.Image:
+    """What `overlay_change` lays over a picture, by itself: one pixel a patch, transparent where the strength is 0."""
+    rgba = np.empty((*strength.shape, 4), dtype=np.uint8)
+    rgba[..., :3] = CHANGE_RGB
+    rgba[..., 3] = (255 * _opacity(strength, strongest)).round()
+    rgba[rgba[..., 3] == 0] = 0
+    return Image.fromarray(rgba)
+
+
+def _opacity(strength: Float[np.ndarray, "rows columns"], strongest: float) -> Float[np.ndarray, "rows columns"]:
+    share = np.clip(strength / strongest, 0, 1) if strongest > 0 else np.zeros_like(strength)
+    low, high = _OPACITY
+    return np.where(strength > 0, low + (high - low) * share, 0.0)

@@ -17,8 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sauce_hooks.bank import ConceptBank
-from sauce_hooks.errors import HookPointError, SAEFileError, SAEMismatchError
+from sauce_hooks.bank import ConceptBank, SAERecord, hub
+from sauce_hooks.bank.card import BANK_CARD
+from sauce_hooks.bank.format import BANK_FILE, is_tensors_file
+from sauce_hooks.errors import EditError, HookPointError, SAEFileError, SAEMismatchError
 from sauce_hooks.hookpoint import (
     HookPoint,
     TokenPolicy,
@@ -29,14 +31,16 @@ from sauce_hooks.hookpoint import (
     find_towers,
     unwrap,
 )
+from sauce_hooks.sae.card import SAE_CARD, sae_card
 from sauce_hooks.sae.gallery import Gallery
+from sauce_hooks.sae.provenance import record_sae
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
 FORMAT = 2
-_RECORD, _BANK, _STATS, _GALLERY = "vision_sae.json", "concepts.json", "feature_stats.safetensors", "gallery.safetensors"
-_OURS = frozenset({_RECORD, _BANK, _STATS, _GALLERY, "cfg.json", "sae_weights.safetensors"})
+_RECORD, _STATS, _GALLERY = "vision_sae.json", "feature_stats.safetensors", "gallery.safetensors"
+_OURS = frozenset({_RECORD, BANK_FILE, _STATS, _GALLERY, "cfg.json", "sae_weights.safetensors"})
 
 
 DENSE_ABOVE = 0.1
@@ -131,6 +135,11 @@ class VisionSAE:
                 "It was trained for another tower: train one for this model with sauce_hooks.train_sae(model, images)."
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "concepts" and isinstance(value, ConceptBank) and value.sae is not None:
+            value.require(self.record())
+        object.__setattr__(self, name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         """For pickles and copies: an SAE-Lens SAE holds functions that cannot be pickled, its settings and weights can."""
         return {**vars(self), "sae": (self.sae.cfg.to_dict(), self.sae.state_dict(), self.sae.training)}
@@ -152,6 +161,10 @@ class VisionSAE:
     def d_sae(self) -> int:
         """Number of features."""
         return int(self.sae.cfg.d_sae)
+
+    def record(self) -> SAERecord:
+        """What is remembered of this SAE in a bank of its concepts, to refuse that bank beside another SAE."""
+        return record_sae(self.sae, self.hook_point, self.tower)
 
     @classmethod
     def wrap(
@@ -222,7 +235,13 @@ class VisionSAE:
         return self.sae.decode(z)
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `VisionSAE.load` and `sae_lens.SAE.load_from_disk` both read; whole or not at all."""
+        """Write a folder that `VisionSAE.load` and `sae_lens.SAE.load_from_disk` both read; whole or not at all.
+
+        Raises:
+            SAEMismatchError: the concepts were found in another SAE.
+            EditError: a concept cannot be saved; says which and why.
+        """
+        concepts = self.concepts.of(self.record())
         folder = Path(folder).resolve()  # a link stays one, and what it leads to is replaced
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -239,7 +258,7 @@ class VisionSAE:
             if self.gallery is not None:
                 self.gallery.save(building / _GALLERY)
             (building / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
-            self.concepts.save(building / _BANK)
+            concepts.save(building)
             for file in building.iterdir():
                 file.chmod(0o644)  # safetensors' are for their owner alone, and an SAE is trained once for many
             _replace_folder(building, folder)
@@ -268,17 +287,18 @@ class VisionSAE:
 
         Raises:
             SAEFileError: it is damaged, or of no known format; says what is wrong.
+            SAEMismatchError: its concepts were found in another SAE.
         """
         folder = Path(source)
         if not folder.exists():
-            folder = _download(str(source))
+            folder = hub.download(str(source), ["*.json", "*.safetensors", "*.pt"])
         if not (folder / _RECORD).is_file():
             return cls._load_foreign(folder, hook_point, tokens, allow_pickle)
         if hook_point is not None or tokens is not None:
             raise SAEFileError(
                 f"{folder} says itself where it belongs and which tokens it is for: leave hook_point and tokens out"
             )
-        for name in (_RECORD, _BANK, "cfg.json", "sae_weights.safetensors"):
+        for name in (_RECORD, BANK_FILE, "cfg.json", "sae_weights.safetensors"):
             if not (folder / name).is_file():
                 raise SAEFileError(f"{folder} is no saved VisionSAE: it has no {name}")
         from sae_lens import SAE
@@ -299,7 +319,12 @@ class VisionSAE:
             if isinstance(problem, SAEFileError):
                 raise
             raise SAEFileError(f"{folder} is damaged or foreign: {problem!r}") from problem
-        return cls(sae.eval(), hook_point, tokens, ConceptBank.load(folder / _BANK), stats, tower, gallery)
+        loaded = cls(sae.eval(), hook_point, tokens, stats=stats, tower=tower, gallery=gallery)
+        try:
+            loaded.concepts = ConceptBank.load(folder / BANK_FILE).of(loaded.record())
+        except EditError as problem:
+            raise SAEFileError(f"{folder / BANK_FILE} does not belong to this SAE: {problem}") from problem
+        return loaded
 
     @classmethod
     def _load_foreign(
@@ -317,17 +342,16 @@ class VisionSAE:
             raise SAEMismatchError(f"{path} is a transcoder: it reads one place and predicts another; it cannot edit")
         return cls.wrap(sae.eval(), hook_point, tokens)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload to the Hugging Face hub; returns the address. `VisionSAE.load(repo_id)` reads it back."""
-        from huggingface_hub import HfApi
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, private: bool = False) -> str:
+        """Upload to the Hugging Face hub with a model card; returns the address. `VisionSAE.load(repo_id)` reads it back.
 
-        api = HfApi()
-        address = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "sae"
-            self.save(folder)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(address)
+        Args:
+            repo_id: as on the hub, "name/of-it". A README.md there that was not written here stays.
+            license: as the hub calls it, such as "mit"; yours to choose.
+            private: if the repository has yet to be made.
+        """
+        card = sae_card(self, repo_id, license=license)
+        return hub.upload(repo_id, self.save, card, replaces=(SAE_CARD, BANK_CARD), private=private)
 
 
 def _save_stats(stats: FeatureStats, path: Path) -> dict[str, Any]:
@@ -380,18 +404,8 @@ def _replace_folder(new: Path, target: Path) -> None:
             os.rename(aside, target)
             raise
         for item in aside.iterdir():  # what else lies there stays: a model card, checkpoints of an unfinished training
-            if item.name not in _OURS:
+            if item.name not in _OURS and not is_tensors_file(item.name):
                 shutil.move(item, target / item.name)
     finally:
         if target.exists():  # else the old folder is in there, and the only one there is
             shutil.rmtree(scratch)
-
-
-def _download(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.pt"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as problem:
-        raise SAEFileError(f"{source!r} is neither a folder here nor a repository on the hub: {problem}") from problem

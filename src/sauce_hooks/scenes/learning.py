@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rich.progress import track
 
 from sauce_hooks.bank import Concept
-from sauce_hooks.concepts import SetStatistics, learn_concept, set_statistics
-from sauce_hooks.erasure import ConceptEraser
-from sauce_hooks.evaluation import ProbeSet, Rate, ask, prepare
-from sauce_hooks.evaluation.metrics import score
-from sauce_hooks.evaluation.run import own_questions
+from sauce_hooks.concepts import SetStatistics, TokenMoments, learn_concept, set_statistics, token_moments
+from sauce_hooks.concepts.learn import contrast
+from sauce_hooks.concepts.readout import keep_apart, read_out_score
+from sauce_hooks.concepts.tuning import Target, Tuning, smallest_edit
+from sauce_hooks.erasure import PAPER_GAMMA
+from sauce_hooks.evaluation.measure import measure_probes
 from sauce_hooks.sae import VisionSAE
+from sauce_hooks.sae.provenance import provenance_of
 from sauce_hooks.scenes.probes import probes
-from sauce_hooks.scenes.world import CONCEPTS, Scene, sample
+from sauce_hooks.scenes.world import CONCEPTS, DOMAINS, Scene, domain_of, sample
 
 N_CONTRAST = 200
 """Images in each contrast set, as in the paper."""
 CONTRAST_SEED = 1
 """The first stream of training scenes the contrast sets come from; the model itself is trained on stream 0."""
-KS = (1, 2, 3)
+N_SIBLING = 60
+"""Images of each other concept of the domain, without the concept."""
+SIBLING_SEED = 1_000
+"""The first stream of training scenes these come from."""
+KS = (2, 4, 16)
 GAMMAS = (0.0, -0.25, -0.5, -0.75, -1.0, -1.5, -2.0)
 """From mild to strong."""
 PAPER_K = 32
 """Features a concept for the paper's SAE; the paper does not say how many."""
 TARGET = 0.96
 """Share of the validation images on which a concept must be forgotten, in both forms."""
+N_TUNING = 40
+"""Validation images of a concept that settings are chosen on; of each sibling, for the figures of retention, a tenth."""
 
 
 def contrast_sets(concept: str, n: int = N_CONTRAST) -> tuple[list[Scene], list[Scene]]:
@@ -46,51 +54,87 @@ def contrast_statistics(model: Any, processor: Any, sae: VisionSAE, concept: str
     return [set_statistics(model, sae, images, processor=processor) for images in sets]
 
 
-def learn_bank(
-    model: Any, processor: Any, sae: VisionSAE, settings: Iterable[tuple[int, float | None]] | None = None
-) -> None:
-    """Fill an SAE's bank with every concept of the world, features by Eq. 4.
+def sibling_statistics(model: Any, processor: Any, sae: VisionSAE, concept: str) -> dict[str, SetStatistics]:
+    """What an SAE's features do on training scenes with each other concept of the domain, and without this one."""
+    seed = SIBLING_SEED + len(CONCEPTS) * CONCEPTS.index(concept)
+    scenes = {
+        sibling: sample(N_SIBLING, seed=seed + i, contains=sibling, lacks=concept, split="train")
+        for i, sibling in enumerate(DOMAINS[domain_of(concept)])
+        if sibling != concept
+    }
+    return {
+        sibling: set_statistics(model, sae, [scene.image for scene in found], processor=processor)
+        for sibling, found in scenes.items()
+    }
 
-    Args:
-        model: the bundled model.
-        processor: its processor.
-        sae: the SAE whose bank is filled.
-        settings: k and γ to try; by default `KS` and `GAMMAS`. Of those that forget the concept on `TARGET` of 40
-            validation images, the one that keeps most of what else is in these images is taken. A single setting is
-            taken as it is.
+
+Moments = Mapping[str, tuple[TokenMoments, TokenMoments]]
+"""Of every concept the tokens of its contrast sets."""
+
+
+def contrast_moments(model: Any, processor: Any, sae: VisionSAE) -> Moments:
+    """The moments of all tokens of every concept's contrast sets."""
+
+    def of(scenes: Sequence[Scene]) -> TokenMoments:
+        return token_moments(model, sae, [scene.image for scene in scenes], processor=processor)
+
+    found: dict[str, tuple[TokenMoments, TokenMoments]] = {}
+    for concept in track(CONCEPTS, description="read contrast sets"):
+        with_it, without = contrast_sets(concept)
+        found[concept] = of(with_it), of(without)
+    return found
+
+
+def candidates(model: Any, processor: Any, sae: VisionSAE, concept: str, moments: Moments) -> list[Concept]:
+    """The ways to see a concept that are tried.
+
+    Its features by Eq. 4 against siblings, written anywhere; or those that a reader sees most, written where no other
+    concept is read, so that the thing becomes what is there without it, or becomes a sibling.
     """
-    grid = list(settings) if settings is not None else [(k, gamma) for k in KS for gamma in GAMMAS]
-    images = probes(40, retained=0, negatives=0, split="val") if len(grid) > 1 else None
+    with_it, without = contrast_statistics(model, processor, sae, concept)
+    siblings = [name for name in DOMAINS[domain_of(concept)] if name != concept]
+    free = contrast(concept, with_it, without, sibling_statistics(model, processor, sae, concept), k=max(KS))
+    found = [_described(free, "anywhere")]
+    for written, towards in (("as it is without", {}), ("as a sibling", {concept: siblings})):
+        subspace = keep_apart(moments, towards=towards)[concept]
+        scorer = read_out_score(sae.sae.W_dec, subspace)
+        read = contrast(concept, with_it, without, scorer=scorer, k=max(KS), subspace=subspace)
+        found.append(_described(read, f"apart, {written}"))
+    return found
+
+
+def _described(concept: Concept, written: str) -> Concept:
+    return replace(concept, provenance={**concept.provenance, "written": written})
+
+
+def learn_bank(model: Any, processor: Any, sae: VisionSAE, concepts: Sequence[str] = CONCEPTS) -> None:
+    """Fill an SAE's bank with concepts of the world, each as the smallest edit that forgets it.
+
+    Of the `candidates`, `KS` and `GAMMAS` that forget the concept on `TARGET` of `N_TUNING` validation images, the setting
+    that keeps most is taken (`concepts.tuning`); the bank keeps its effect there, and the whole curve.
+    """
+    images = probes(N_TUNING, retained=N_TUNING // 10, negatives=0, split="val")
+    targets = [Target(metric, at_least=TARGET) for metric in ("UA_d", "UA_g")]
+    moments = contrast_moments(model, processor, sae)
+    for concept in track(concepts, description="learn concepts"):
+        measure = measure_probes(
+            model,
+            sae,
+            images,
+            concept,
+            processor=processor,
+            metrics=("UA_d", "UA_g", "SRA", "IRA"),
+            images=f"{N_TUNING} validation scenes",
+            batch_size=128,
+        )
+        tried = candidates(model, processor, sae, concept, moments)
+        found = smallest_edit(tried, Tuning(measure, targets, KS, GAMMAS))
+        facts = {"tokens": sae.tokens.read, "pool": "mean", **provenance_of(sae)}
+        sae.concepts.add(replace(found, provenance={**found.provenance, **facts}), sae=sae.record())
+
+
+def learn_paper_bank(model: Any, processor: Any, sae: VisionSAE) -> None:
+    """Fill an SAE's bank as the paper does: Eq. 4 alone, `PAPER_K` features, its γ."""
     for concept in track(CONCEPTS, description="learn concepts"):
-        statistics = contrast_statistics(model, processor, sae, concept)
-        candidates = [learn_concept(model, sae, concept, *statistics, k=k, gamma=gamma) for k, gamma in grid]
-        chosen = candidates[0] if images is None else tune(model, processor, sae, candidates, images)
-        sae.concepts.add(chosen)
-
-
-def tune(model: Any, processor: Any, sae: VisionSAE, candidates: Sequence[Concept], images: ProbeSet) -> Concept:
-    """The candidate that forgets enough and keeps most; for each set of features the mildest sufficient γ is tried.
-
-    If none forgets enough, the one that forgets most.
-    """
-    concept = candidates[0].name
-    batches = prepare(own_questions(images, concept), images.wording, processor, 128)
-
-    def measure(candidate: Concept) -> dict[str, Rate]:
-        with ConceptEraser(model, sae, [candidate]):
-            return score(concept, list(ask(model, batches, images.wording, processor)), (), images)
-
-    tried: list[tuple[bool, float, Concept]] = []
-    for features in dict.fromkeys(candidate.features for candidate in candidates):
-        line = [candidate for candidate in candidates if candidate.features == features]
-        low, high = 0, len(line) - 1
-        while low <= high:  # forgetting grows along the line, so the mildest sufficient one is found by halving
-            middle = (low + high) // 2
-            found = measure(line[middle])
-            forgotten = min(found["UA_d"].value, found["UA_g"].value)
-            enough = forgotten >= TARGET
-            tried.append((enough, found["SRA"].value if enough else forgotten, line[middle]))
-            low, high = (low, middle - 1) if enough else (middle + 1, high)
-    enough, value, best = max(tried, key=lambda t: t[:2])
-    record = {"tuned_on": "val", "target": TARGET, "SRA" if enough else "forgotten": round(value, 4)}
-    return replace(best, provenance={**best.provenance, **record})
+        sets = contrast_statistics(model, processor, sae, concept)
+        learn_concept(model, sae, concept, *sets, k=PAPER_K, gamma=PAPER_GAMMA)

@@ -28,11 +28,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sauce_hooks.erasure import PAPER_GAMMA
 from sauce_hooks.sae import VisionSAE, train_sae
 from sauce_hooks.scenes import language, world
 from sauce_hooks.scenes.bundled import asset, competence, load_model
-from sauce_hooks.scenes.learning import PAPER_K, learn_bank
+from sauce_hooks.scenes.learning import learn_bank, learn_paper_bank
 
 PIXELS, PATCH = 48, 8
 N_PATCHES = (PIXELS // PATCH) ** 2
@@ -525,7 +524,7 @@ def train(out: Path, recipe: Recipe) -> None:
         sae.save(out / "sae")
     paper = VisionSAE.load(out / "sae_paper")
     if len(paper.concepts) < len(world.CONCEPTS):
-        learn_bank(model, processor, paper, [(PAPER_K, PAPER_GAMMA)])
+        learn_paper_bank(model, processor, paper)
         paper.save(out / "sae_paper")
 
 

@@ -1,25 +1,16 @@
-"""What is known of a concept, as plain data: which features carry it, how strongly to edit them, where that came from.
-
-This module stands beside `errors` under all rooms: an SAE is saved with its bank, the concepts room fills it, the erasure
-room reads it.
-"""
+"""What is known of a concept, as plain data: which features carry it, how strongly to edit them, where that came from."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sauce_hooks.errors import EditError, SAEFileError, UnknownConceptError
-
-BANK_FORMAT = 1
+from sauce_hooks.errors import EditError
 
 
 @dataclass(frozen=True)
@@ -41,6 +32,7 @@ class CurvePoint:
     k: int
     gamma: float
     edit: str
+    """The edit's name, and where it was allowed to write, in words; empty for the eraser's own."""
     figures: Mapping[str, Rate]
     """By the names of `evaluation.METRICS`."""
     chosen: bool = False
@@ -62,15 +54,27 @@ class Effect:
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """Where in the residual stream an edit may write."""
+    """Where in the residual stream an edit may write: of a change Δ only (Δ Rᵀ) B, or all but that."""
 
     basis_rd: Float[Tensor, "r d"]
-    """Orthonormal rows."""
+    """B: the directions that are written, or not."""
     inside: bool
     """True: only what lies in the span is written. False: nothing that lies in it is."""
+    read_rd: Float[Tensor, "r d"] | None = None
+    """R: how a change is read, R Bᵀ = 1. None: by the basis itself, whose rows are orthonormal then."""
+
+    @property
+    def reader_rd(self) -> Float[Tensor, "r d"]:
+        """R, also where it is the basis itself."""
+        return self.basis_rd if self.read_rd is None else self.read_rd
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Subspace) and self.inside == other.inside and torch.equal(self.basis_rd, other.basis_rd)
+        return (
+            isinstance(other, Subspace)
+            and self.inside == other.inside
+            and torch.equal(self.basis_rd, other.basis_rd)
+            and torch.equal(self.reader_rd, other.reader_rd)
+        )
 
     def __hash__(self) -> int:
         return hash((self.inside, self.basis_rd.shape))
@@ -135,77 +139,34 @@ class Concept:
                 raise EditError(f"{self.name!r} has {len(self.features)} features but {len(values)} {name}")
 
 
-class ConceptBank(Mapping[str, Concept]):
-    """Concepts by name. A mapping that saves, loads and merges; unknown names are answered with the nearest known one."""
+@dataclass(frozen=True)
+class SAERecord:
+    """What is remembered of the SAE that a bank's features are of, to know that SAE again."""
 
-    def __init__(self, concepts: Iterable[Concept] = ()) -> None:
-        self._concepts = {concept.name: concept for concept in concepts}
+    architecture: str
+    """As SAE-Lens calls it. Like the next two of no weight in a comparison."""
+    hook_point: str
+    """Dotted path of the block."""
+    tower: str | None
+    """Digest of the tower's record; None if there is none."""
+    d_in: int
+    d_sae: int
+    values: tuple[float, ...]
+    """A coordinate each of some features' directions, at unit length: of decoder rows, then of encoder columns."""
 
-    def __getitem__(self, name: str) -> Concept:
-        try:
-            return self._concepts[name]
-        except KeyError:
-            raise UnknownConceptError(name, self._concepts) from None
+    TOLERANCE = 2.0**-7
+    """Relative. Rounding to bfloat16 moves a weight by half of this at the most."""
+    SMALLEST = 1e-5
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._concepts
+    def difference(self, other: SAERecord) -> str | None:
+        """In what another SAE differs from this one, as words; None if nothing is known in which they do.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._concepts)
-
-    def __len__(self) -> int:
-        return len(self._concepts)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, ConceptBank) and self._concepts == other._concepts
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __repr__(self) -> str:
-        return f"ConceptBank({', '.join(self._concepts)})"
-
-    def add(self, concept: Concept) -> None:
-        """Store a concept under its name, replacing an older one of that name."""
-        self._concepts[concept.name] = concept
-
-    def __or__(self, other: ConceptBank) -> ConceptBank:
-        """Both banks' concepts; where both know a name, the right one's."""
-        return ConceptBank([*self._concepts.values(), *other._concepts.values()])
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        data = {"format": BANK_FORMAT, "concepts": [asdict(concept) for concept in self.values()]}
-        write_text_atomically(Path(path), json.dumps(data, indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ConceptBank:
-        """Read what `save` wrote; `SAEFileError` if it is anything else."""
-        try:
-            data = cast(dict[str, Any], json.loads(Path(path).read_text(encoding="utf-8")))
-            if data["format"] != BANK_FORMAT:
-                raise SAEFileError(f"{path} is a bank of format {data['format']}; this version reads {BANK_FORMAT}")
-            return cls(
-                Concept(
-                    name=str(c["name"]),
-                    features=tuple(int(f) for f in c["features"]),
-                    scores=tuple(float(s) for s in c["scores"]),
-                    gamma=None if c["gamma"] is None else float(c["gamma"]),
-                    provenance=dict(c["provenance"]),
-                )
-                for c in data["concepts"]
-            )
-        except (OSError, ValueError, KeyError, TypeError) as problem:
-            if isinstance(problem, SAEFileError):
-                raise
-            raise SAEFileError(f"{path} is no concept bank: {problem!r}") from problem
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old text or the new one and nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")  # no mkstemp: the file keeps its usual permissions
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        Another precision, and decoder norms that were folded into the encoder, are no difference.
+        """
+        for name in ("d_sae", "d_in"):
+            then, now = getattr(self, name), getattr(other, name)
+            if then != now:
+                return f"{name} is {now}, not {then}"
+        pairs = list(zip(self.values, other.values, strict=False))
+        differing = sum(abs(a - b) > self.TOLERANCE * max(abs(a), abs(b)) + self.SMALLEST for a, b in pairs)
+        return f"of {len(pairs)} weights that were compared, {differing} differ" if differing else None
