@@ -12,12 +12,13 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 STAMPS := $(VENV)/.stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help demo table test families benchmarks lint docs wheel-check clean distclean
+.PHONY: help demo table frontier test families benchmarks lint docs wheel-check clean distclean
 
 help:
 	@echo "make demo         see a vision-language model forget a concept (sets up $(VENV) first)"
 	@echo "make test         the tests (sets up $(VENV) first)"
 	@echo "make table        the table of results in the README"
+	@echo "make frontier     every score with every edit, at equal retention: about an hour"
 	@echo "make families     measure every model family, write docs/families.md"
 	@echo "make benchmarks   every benchmark at a size that takes seconds: that they run, not how fast"
 	@echo "make lint         ruff, pyright (strict), import-linter"
@@ -52,6 +53,9 @@ demo: $(STAMPS)/run
 
 table: $(STAMPS)/run
 	$(VENV)/bin/sauce-hooks table
+
+frontier: $(STAMPS)/run
+	$(VENV)/bin/sauce-hooks frontier
 
 # One thread a process: the test processes share the cores already.
 test: $(STAMPS)/dev

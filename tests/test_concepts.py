@@ -149,9 +149,20 @@ def test_a_learnt_concept_is_stored_with_its_provenance(model, sae):
     assert sae.concepts["bright"] is concept
     assert (concept.name, concept.gamma, len(concept.features), len(concept.scores)) == ("bright", -2.0, 5, 5)
     assert list(concept.scores) == sorted(concept.scores, reverse=True)
-    assert concept.provenance == {
-        "scorer": "sauce", "k": 5, "pool": "max", "positives": 12, "negatives": 6, "tokens": "patches"
-    }  # fmt: skip
+    told = {"scorer": "sauce", "k": 5, "pool": "max", "positives": 12, "negatives": 6, "tokens": "patches"}
+    assert concept.provenance.items() >= told.items()
+    assert concept.provenance["hook_point"] == sae.hook_point.path
+    assert concept.provenance.keys() == {*told, "digests", "sae", "hook_point", "date", "library"}
+    assert sae.concepts.sae == sae.record()
+
+
+def test_the_digests_of_provenance_are_those_of_the_images(model, sae):
+    first, again, other = (
+        learn_concept(model, sae, "bright", sets, DARK, k=5).provenance["digests"]
+        for sets in (BRIGHT, BRIGHT, DARK[:1] + BRIGHT)
+    )
+    assert first == again
+    assert first[0] != other[0] and first[1] == other[1]
 
 
 def test_a_learnt_concept_knows_the_means_of_its_features(model, sae):

@@ -83,6 +83,25 @@ def table(
     run(out, n, retained, concepts)
 
 
+@app.command()
+def frontier(
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
+    ] = Path("frontier"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 2,
+    concepts: Annotated[
+        list[str] | None, typer.Option("--concepts", help="A concept to erase; repeat for several. All by default.")
+    ] = None,
+) -> None:
+    """Compare scores and edits on the bundled world at equal retention. About an hour on two cores.
+
+    Example: `sauce-hooks frontier --out runs/frontier --concepts car --concepts stone`
+    """
+    from sauce_hooks.scenes.frontier import run
+
+    run(out, jobs, concepts)
+
+
 @app.command("hook-point")
 def hook_point(
     model: ModelArgument,

@@ -123,8 +123,9 @@ def write_bank(path: Path, content: Content) -> None:
         "library": f"sauce_hooks {library_version()}",
         "sae": None if sae is None else SAE_RECORD.write(sae, []),
         "tensors": {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} if tensors else None,
-        "groups": _GROUPS.write(content.groups, []),
     }
+    if content.groups:
+        facts["groups"] = _GROUPS.write(content.groups, [])
     text = "".join(f" {_json(name)}: {_json(value)},\n" for name, value in facts.items())
     text = "{\n" + text + ' "concepts": [' + ",".join(lines) + ("\n ]" if lines else "]") + "\n}\n"
     encoded = text.encode()

@@ -57,7 +57,7 @@ def written_direction(
     basis_rd = basis_rd[size_r > 1e-4 * size_r.max()] if len(near) else basis_rd
     left_d = difference_d - (difference_d @ basis_rd.T) @ basis_rd
     seen = float(left_d @ read_d)
-    if not seen > 1e-6 * float(difference_d.norm() * read_d.norm()):
+    if not abs(seen) > 1e-6 * float(difference_d.norm() * read_d.norm()):
         raise ContrastError("another concept's images differ from theirs in the same direction: are two concepts the same?")
     return left_d / seen
 
