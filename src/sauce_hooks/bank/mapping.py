@@ -82,8 +82,9 @@ class ConceptBank(Mapping[str, Concept]):
         return len(self._concepts)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, ConceptBank) and self._concepts == other._concepts
-        return same and self._groups == other._groups
+        if not isinstance(other, ConceptBank):
+            return False
+        return self._concepts == other._concepts and self._groups == other._groups
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 

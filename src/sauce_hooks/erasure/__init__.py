@@ -2,6 +2,8 @@
 
 from sauce_hooks.erasure.attach import attach, attachments, check_ran, detach
 from sauce_hooks.erasure.attachment import Attachment
+from sauce_hooks.erasure.bake import bake, erasures
+from sauce_hooks.erasure.baked_files import from_pretrained
 from sauce_hooks.erasure.eraser import PAPER_GAMMA, ConceptEraser, merge
 from sauce_hooks.erasure.merging import Edit, MergedEdit
 from sauce_hooks.erasure.rules import EDITS, Rule
@@ -21,7 +23,10 @@ __all__ = [
     "Rule",
     "attach",
     "attachments",
+    "bake",
     "check_ran",
     "detach",
+    "erasures",
+    "from_pretrained",
     "merge",
 ]

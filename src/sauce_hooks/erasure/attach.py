@@ -50,6 +50,10 @@ def attach(
         allow_bypass,
     )
     check_read(attachment)
+    from sauce_hooks.erasure.bake import check_not_baked  # which itself attaches
+
+    for one in (edit, *(rows or ())):
+        check_not_baked(block, one)
     with _lock:
         if any(site.hooks(block) for other, site in _sites.items() if other is not root):
             raise EditError(

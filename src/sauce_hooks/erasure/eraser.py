@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args, overload
@@ -207,6 +207,21 @@ class ConceptEraser:
                 "one way or the other"
             )
         block.output = edit_output([attachment], block.output)
+
+    def bake(self, *, copy: bool = True, verify: Mapping[str, Any] | None = None) -> Any:
+        """A model that carries this erasure as a part of itself, with no hook and nothing to turn off; see docs/lasting.md.
+
+        Args:
+            copy: a second model that shares the weights' memory; False: this model, for good.
+            verify: model inputs with an image; the baked model must give what the eraser gives on them, or it is refused.
+
+        Raises:
+            EditError: an eraser for rows.
+            IneffectiveEraserError: on `verify` the baked model gives something else.
+        """
+        from sauce_hooks.erasure.bake import bake
+
+        return bake(self, copy=copy, verify=verify)
 
     # Combining. -------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -120,6 +120,12 @@ class Erasers:
         order = {path: i for i, (path, _) in enumerate(unwrap(self.model).named_modules())}
         for eraser in sorted(self.erasers, key=lambda eraser: order[eraser.hook_point.path]):
             eraser.intervene(traced)
+
+    def bake(self, *, copy: bool = True, verify: Mapping[str, Any] | None = None) -> Any:
+        """A model that carries all of these erasures as a part of itself; as `ConceptEraser.bake`."""
+        from sauce_hooks.erasure.bake import bake
+
+        return bake(self, copy=copy, verify=verify)
 
     def for_rows(self, rows: Sequence[Sequence[ConceptLike] | str]) -> Erasers:
         """Erasers of this kind for a batch whose rows forget different concepts, at every one of the hook points.

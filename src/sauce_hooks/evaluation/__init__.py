@@ -2,6 +2,7 @@
 
 from sauce_hooks.evaluation.answers import Answer, ask, prepare
 from sauce_hooks.evaluation.describe import describe_sae
+from sauce_hooks.evaluation.distill import Distilled, Gap, distill
 from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, loss_added, own_answers, prepare_answers
 from sauce_hooks.evaluation.measure import chat_prompt, default_wording, measure_images, measure_probes, tune_concept
 from sauce_hooks.evaluation.metrics import METRICS, Rate
@@ -15,6 +16,8 @@ __all__ = [
     "Answer",
     "Answered",
     "AnsweredBatch",
+    "Distilled",
+    "Gap",
     "Method",
     "Probe",
     "ProbeSet",
@@ -26,6 +29,7 @@ __all__ = [
     "chat_prompt",
     "default_wording",
     "describe_sae",
+    "distill",
     "evaluate",
     "loss_added",
     "measure_images",
