@@ -157,8 +157,11 @@ def test_a_difference_is_named_and_says_where_it_is_from():
 
 def test_of_a_projection_nothing_can_be_left_out():
     rows = torch.eye(4)[:1]
+    projection = Projection(rows, rows, torch.zeros(4))
     with pytest.raises(EditError, match="projection"):
-        difference(Concept("red", (1, 2), projection=Projection(rows, rows, torch.zeros(4))), Concept("orange", (2,)))
+        difference(Concept("red", (), edit="project", projection=projection), Concept("orange", (2,)))
+    kept = difference(Concept("red", (1, 2), projection=projection), Concept("orange", (2,)))
+    assert kept.features == (1,) and kept.projection is None
 
 
 def test_erasing_a_difference_leaves_what_only_the_other_has(model, sae):

@@ -168,6 +168,19 @@ def test_a_confined_change_is_the_change_projected(kind, edit, seed, r, inside):
         assert (found @ rows.T).abs().max() < 1e-6 * (1 + free.abs().max())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=seeds, r=st.integers(1, 5), inside=st.booleans())
+@torch.no_grad()
+def test_without_the_error_a_confined_change_is_added_to_the_reconstruction(kind, seed, r, inside):
+    sae, x = sae_of(kind), acts(seed)
+    concept = concept_of(sae, x, subspace=Subspace(basis(seed, r), inside))
+    rules = EDITS["scale"](concept, -1.0) | {30: Rule(0.0)}
+    free = MergedEdit([Edit("patches", sae, {30: Rule(0.0)}, preserve_error=False)])(x)
+    change = merged(sae, concept, "scale")(x) - x
+    found = MergedEdit([Edit("patches", sae, rules, preserve_error=False)])(x)
+    torch.testing.assert_close(found, free + change, rtol=1e-7, atol=1e-7)
+
+
 @given(seed=seeds, r=st.integers(1, 5))
 def test_inside_and_outside_add_up(seed, r):
     change, rows = acts(seed), basis(seed + 1, r)

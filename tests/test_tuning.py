@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from sauce_hooks import Concept, ConceptBank, ConceptEraser, learn_concept, scenes
 from sauce_hooks.bank import Rate
+from sauce_hooks.concepts import set_statistics, token_moments
 from sauce_hooks.concepts.tuning import FORGOTTEN, Measure, Target, Tuning, smallest_edit
+from sauce_hooks.concepts.ways import Sets, ways
 from sauce_hooks.errors import ContrastError, ImagesError, ModelBelowGateError
 from sauce_hooks.evaluation import measure as measure_module
 from sauce_hooks.evaluation.measure import chat_prompt, measure_images, measure_probes, tune_concept
@@ -358,11 +360,19 @@ def test_no_image_is_measured_with_features_that_it_has_helped_to_choose(bundled
         tuned = tune_concept(model, sae, "red", reds, others, wording=scenes.wording(), tuning=tuning, **options)
     pixels = [image.tobytes() for image in reds]
     order = [pixels.index(image.tobytes()) for image in asked]
-    assert list(dict.fromkeys(order)) == [0, 1, 2, 3] and len(erased) == 4
-    for i, features in enumerate(erased):
-        rest = reds[:i] + reds[i + 1 :]
-        assert features == learn_concept(model, sae, "x", rest, others, k=3, **options).features
-    assert tuned.features == learn_concept(model, sae, "x", reds, others, k=3, **options).features
+    assert list(dict.fromkeys(order)) == [0, 1, 2, 3] and len(erased) == 2 * 4
+
+    def seen(images):
+        """Written anywhere, and apart, from these images alone."""
+        read, moments = (
+            [of(model, sae, some, processor=processor) for some in (images, others)]
+            for of in (set_statistics, token_moments)
+        )
+        sets = Sets(*read, {}, {"red": tuple(moments)})
+        return [way.features for way in ways(sae, "red", sets, k=3, scorer="difference")]
+
+    assert list(zip(erased[:4], erased[4:], strict=True)) == [tuple(seen(reds[:i] + reds[i + 1 :])) for i in range(4)]
+    assert tuned.features in seen(reds)
 
 
 @pytest.mark.parametrize("images", [drawn(1), BRIGHT], ids=["a single image", "model inputs"])

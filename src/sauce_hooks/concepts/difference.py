@@ -11,7 +11,7 @@ from sauce_hooks.errors import EditError
 def difference(concept: Concept, *others: Concept, name: str | None = None) -> Concept:
     """The features of a concept that none of the others has, with the concept's own settings for them.
 
-    What it was measured to do is left out: that was with all features.
+    What it was measured to do is left out, and a projection it may have: those are of all of it.
 
     Args:
         concept: the concept.
@@ -21,7 +21,7 @@ def difference(concept: Concept, *others: Concept, name: str | None = None) -> C
     Raises:
         EditError: nothing is left, or the concept is a projection, which has no features to leave out.
     """
-    if not concept.features:
+    if concept.edit == "project":
         raise EditError(f"{concept.name!r} is erased by a projection: there are no features of other concepts to leave out")
     taken = {feature for other in others for feature in other.features}
     kept = [i for i, feature in enumerate(concept.features) if feature not in taken]
@@ -37,5 +37,6 @@ def difference(concept: Concept, *others: Concept, name: str | None = None) -> C
         means=tuple(concept.means[i] for i in kept if concept.means),
         gates=tuple(concept.gates[i] for i in kept if concept.gates),
         provenance={**concept.provenance, "difference": [concept.name, *names]},
+        projection=None,
         effect=None,
     )

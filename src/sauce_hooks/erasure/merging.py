@@ -173,7 +173,11 @@ class _Ruled:
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
         where, part = _part(x, chosen, self._sae.W_dec)
-        out[..., where, :] += confined(self._delta(part, self._rules.change), self._subspace).to(x.device, x.dtype)
+        out[..., where, :] += self.of(part).to(x.device, x.dtype)
+
+    def of(self, part: Tensor) -> Tensor:
+        """Δ of activations that are where the SAE is."""
+        return confined(self._delta(part, self._rules.change), self._subspace)
 
     def found(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens on which a gate is open; and what would have to be added there to take these features out."""
@@ -198,16 +202,17 @@ class _Decoded:
     """The whole activation decoded anew, without the error. Alone at its place, as `MergedEdit` has made sure."""
 
     def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
-        if any(rule.replace or rule.subspace is not None for rule in rules.values()):
+        if any(rule.replace for rule in rules.values()):
             raise EditError(
-                "an edit that replaces tokens or is confined to a subspace keeps the reconstruction error of the SAE: leave "
-                "preserve_error=False out"
+                "an edit that replaces tokens keeps the reconstruction error of the SAE: leave preserve_error=False out"
             )
-        self._sae, self._rules = sae, _Rules(sae, rules)
+        self._sae, self._rules = sae, _Rules(sae, {f: rule for f, rule in rules.items() if rule.subspace is None})
+        self._confined = _ruled(sae, {f: rule for f, rule in rules.items() if rule.subspace is not None})
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
         where, part = _part(x, chosen, self._sae.W_dec)
         edited = decode_edit(part, self._sae, self._rules.features_k, self._rules.change)
+        edited = sum((confined_change.of(part) for confined_change in self._confined), start=edited)
         out[..., where, :] = edited.to(x.device, x.dtype)
 
 

@@ -10,17 +10,28 @@ from dataclasses import replace
 from functools import reduce
 from operator import add
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from sauce_hooks.activations import iter_images
 from sauce_hooks.activations.sources import Batches, find_source, iter_items
 from sauce_hooks.bank import Concept
-from sauce_hooks.concepts.learn import contrast, learn_concept, set_statistics
+from sauce_hooks.concepts.learn import set_statistics
+from sauce_hooks.concepts.projections import TokenMoments, token_moments
 from sauce_hooks.concepts.scores import Scorer
 from sauce_hooks.concepts.statistics import Pool, SetStatistics
-from sauce_hooks.concepts.tuning import DEFAULT_KS, FORGOTTEN, Figures, Measure, Target, Tuning, first_features
+from sauce_hooks.concepts.tuning import (
+    DEFAULT_KS,
+    FORGOTTEN,
+    Figures,
+    Measure,
+    Target,
+    Tuning,
+    first_features,
+    smallest_edit,
+)
+from sauce_hooks.concepts.ways import Sets, ways
 from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.errors import ContrastError, ImagesError
 from sauce_hooks.evaluation.answers import Answer, Batch, ask, prepare
@@ -29,6 +40,7 @@ from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording
 from sauce_hooks.evaluation.run import other_questions, own_questions
 from sauce_hooks.hookpoint import evaluating
 from sauce_hooks.sae import VisionSAE
+from sauce_hooks.sae.provenance import provenance_of
 
 FOLDS = 4
 """Parts of a set: features that are chosen from the other parts are measured on each."""
@@ -212,6 +224,9 @@ def tune_concept(
     cross-validation: every setting is measured on each quarter of the images with the features that the other three quarters
     give. The concept's own features then come from all images.
 
+    All `ways` to see the concept are tried: its features written anywhere, or apart from the siblings and from whatever the
+    bank keeps apart already.
+
     Args:
         model: the vision-language model.
         sae: its SAE.
@@ -237,21 +252,39 @@ def tune_concept(
     # Every fourth, so that in a sorted folder each part has its share of everything.
     parts = {shown: [images[i::n_folds] for i in range(n_folds)] for shown, images in sets.items()}
 
-    def statistics(images: Any) -> SetStatistics:
-        return set_statistics(model, sae, images, processor=processor, pool=pool, batch_size=batch_size)
+    def read(images: Any) -> _Read:
+        return _Read(
+            set_statistics(model, sae, images, processor=processor, pool=pool, batch_size=batch_size),
+            token_moments(model, sae, images, processor=processor, batch_size=batch_size),
+        )
 
-    found = {shown: [statistics(part) for part in of_set] for shown, of_set in parts.items()}
-    without = statistics(negatives)
+    found = {shown: [read(part) for part in of_set] for shown, of_set in parts.items()}
+    without = read(negatives)
     settings = dict(tuning)
+    known = [
+        c.subspace for c in sae.concepts.values() if c.name not in found and c.subspace is not None and c.subspace.inside
+    ]
 
-    def chosen_without(i: int) -> Concept:
-        rest = {shown: _sum(of_set[:i] + of_set[i + 1 :]) for shown, of_set in found.items()}
-        return contrast(name, rest.pop(name), without, rest, scorer=scorer, k=max(settings.get("ks", DEFAULT_KS)))
+    def seen(left_out: int | None) -> list[Concept]:
+        """The ways to see the concept in all parts but one."""
+        of = {
+            shown: reduce(add, [part for i, part in enumerate(of_set) if i != left_out]) for shown, of_set in found.items()
+        }
+        sets = Sets(
+            of[name].statistics,
+            without.statistics,
+            {sibling: of[sibling].statistics for sibling in siblings or {}},
+            {shown: (images.moments, without.moments) for shown, images in of.items()},
+        )
+        return ways(sae, name, sets, k=max(settings.get("ks", DEFAULT_KS)), scorer=scorer, others=known)
 
-    rankings = [chosen_without(i) for i in range(n_folds)]
+    rankings = [{way.provenance["written"]: way for way in seen(i)} for i in range(n_folds)]
 
     def for_fold(i: int, candidate: Concept) -> Concept:
-        ours = first_features(rankings[i], len(candidate.features))
+        way = rankings[i].get(candidate.provenance["written"])
+        if way is None:  # in these parts no feature is seen in that way: nothing is erased
+            return replace(candidate, gamma=1.0)
+        ours = first_features(way, len(candidate.features))
         return replace(ours, gamma=candidate.gamma, edit=candidate.edit)
 
     words = wording or default_wording(processor)
@@ -263,18 +296,21 @@ def tune_concept(
     said = f"{_counted(name, folds)}, in {n_folds} parts, each with features chosen from the others"
     metrics = ("UA_d", "UA_g", "IRA") if siblings else ("UA_d", "UA_g")
     measure = _pooled_measure(model, sae, folds, name, processor, metrics, said, batch_size, for_fold)
-    whole = {shown: _sum(of_set) for shown, of_set in found.items()}
-    return learn_concept(
-        model,
-        sae,
-        name,
-        whole.pop(name),
-        without,
-        scorer=scorer,
-        siblings=whole,
-        tune=Tuning(measure, target, **settings),
-        pool=pool,
-    )
+    concept = smallest_edit(seen(None), Tuning(measure, target, **settings))
+    facts = {"pool": pool, "tokens": sae.tokens.read, **provenance_of(sae)}
+    concept = replace(concept, provenance={**concept.provenance, **facts})
+    sae.concepts.add(concept, sae=sae.record())
+    return concept
+
+
+class _Read(NamedTuple):
+    """What one pass each says of a set of images."""
+
+    statistics: SetStatistics
+    moments: TokenMoments
+
+    def __add__(self, other: Any) -> Any:
+        return _Read(self.statistics + other.statistics, self.moments + other.moments)
 
 
 def listed(images: Any) -> list[Any]:
@@ -295,10 +331,6 @@ def listed(images: Any) -> list[Any]:
 def _some(images: Sequence[Any], most: int) -> Sequence[Any]:
     """At most so many, from all over."""
     return images[:: math.ceil(len(images) / most)]
-
-
-def _sum(parts: Sequence[SetStatistics]) -> SetStatistics:
-    return reduce(add, parts)
 
 
 def default_wording(processor: Any) -> Wording:

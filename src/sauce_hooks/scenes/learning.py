@@ -10,9 +10,8 @@ from rich.progress import track
 
 from sauce_hooks.bank import Concept
 from sauce_hooks.concepts import SetStatistics, TokenMoments, learn_concept, set_statistics, token_moments
-from sauce_hooks.concepts.learn import contrast
-from sauce_hooks.concepts.readout import keep_apart, read_out_score
 from sauce_hooks.concepts.tuning import Target, Tuning, smallest_edit
+from sauce_hooks.concepts.ways import Sets, ways
 from sauce_hooks.erasure import PAPER_GAMMA
 from sauce_hooks.evaluation.measure import measure_probes
 from sauce_hooks.sae import VisionSAE
@@ -86,32 +85,17 @@ def contrast_moments(model: Any, processor: Any, sae: VisionSAE) -> Moments:
 
 
 def candidates(model: Any, processor: Any, sae: VisionSAE, concept: str, moments: Moments) -> list[Concept]:
-    """The ways to see a concept that are tried.
-
-    Its features by Eq. 4 against siblings, written anywhere; or those that a reader sees most, written where no other
-    concept is read, so that the thing becomes what is there without it, or becomes a sibling.
-    """
-    with_it, without = contrast_statistics(model, processor, sae, concept)
-    siblings = [name for name in DOMAINS[domain_of(concept)] if name != concept]
-    free = contrast(concept, with_it, without, sibling_statistics(model, processor, sae, concept), k=max(KS))
-    found = [_described(free, "anywhere")]
-    for written, towards in (("as it is without", {}), ("as a sibling", {concept: siblings})):
-        subspace = keep_apart(moments, towards=towards)[concept]
-        scorer = read_out_score(sae.sae.W_dec, subspace)
-        read = contrast(concept, with_it, without, scorer=scorer, k=max(KS), subspace=subspace)
-        found.append(_described(read, f"apart, {written}"))
-    return found
-
-
-def _described(concept: Concept, written: str) -> Concept:
-    return replace(concept, provenance={**concept.provenance, "written": written})
+    """The ways to see a concept that are tried."""
+    positives, negatives = contrast_statistics(model, processor, sae, concept)
+    siblings = sibling_statistics(model, processor, sae, concept)
+    return ways(sae, concept, Sets(positives, negatives, siblings, moments), k=max(KS))
 
 
 def learn_bank(model: Any, processor: Any, sae: VisionSAE, concepts: Sequence[str] = CONCEPTS) -> None:
     """Fill an SAE's bank with concepts of the world, each as the smallest edit that forgets it.
 
     Of the `candidates`, `KS` and `GAMMAS` that forget the concept on `TARGET` of `N_TUNING` validation images, the setting
-    that keeps most is taken (`concepts.tuning`); the bank keeps its effect there, and the whole curve.
+    that keeps most is taken (`concepts.tuning`); the bank keeps its effect there, and the whole curve. Each domain is a group.
     """
     images = probes(N_TUNING, retained=N_TUNING // 10, negatives=0, split="val")
     targets = [Target(metric, at_least=TARGET) for metric in ("UA_d", "UA_g")]
@@ -131,6 +115,9 @@ def learn_bank(model: Any, processor: Any, sae: VisionSAE, concepts: Sequence[st
         found = smallest_edit(tried, Tuning(measure, targets, KS, GAMMAS))
         facts = {"tokens": sae.tokens.read, "pool": "mean", **provenance_of(sae)}
         sae.concepts.add(replace(found, provenance={**found.provenance, **facts}), sae=sae.record())
+    for domain, names in DOMAINS.items():
+        if all(name in sae.concepts for name in names):
+            sae.concepts.group(domain, names)
 
 
 def learn_paper_bank(model: Any, processor: Any, sae: VisionSAE) -> None:
