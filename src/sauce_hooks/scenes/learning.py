@@ -95,7 +95,7 @@ def learn_bank(model: Any, processor: Any, sae: VisionSAE, concepts: Sequence[st
     """Fill an SAE's bank with concepts of the world, each as the smallest edit that forgets it.
 
     Of the `candidates`, `KS` and `GAMMAS` that forget the concept on `TARGET` of `N_TUNING` validation images, the setting
-    that keeps most is taken (`concepts.tuning`); the bank keeps its effect there, and the whole curve. Each domain is a group.
+    that keeps most is taken (`concepts.tuning`); the bank has its effect there and the whole curve. Each domain is a group.
     """
     images = probes(N_TUNING, retained=N_TUNING // 10, negatives=0, split="val")
     targets = [Target(metric, at_least=TARGET) for metric in ("UA_d", "UA_g")]
