@@ -180,7 +180,8 @@ def _facts(concept: Concept) -> list[tuple[str, str]]:
     space = "anywhere in the residual stream"
     if concept.subspace is not None:
         n = len(concept.subspace.basis_rd)
-        space = f"only within a subspace of {n} dimensions" if concept.subspace.inside else f"only outside {n} dimensions"
+        directions = "one direction" if n == 1 else f"{n} directions"
+        space = f"only along {directions}" if concept.subspace.inside else f"anywhere but along {directions}"
     facts = [
         ("Features (k)", f"{len(concept.features):,}"),
         ("Factor γ", gamma),
@@ -188,7 +189,7 @@ def _facts(concept: Concept) -> list[tuple[str, str]]:
         ("Writes", space),
         ("Norm of an edited token", "given back" if concept.keep_norm else "as the edit leaves it"),
     ]
-    if concept.gates:
+    if concept.edit in ("gated", "clamp", "replace"):
         facts.append(("Gate", f"acts above each feature's mean, in images where more than {percent(concept.share)} pass"))
     if concept.projection is not None:
         facts.append(("Dense projection", f"{len(concept.projection.left_rd)} directions; no feature plays a part"))

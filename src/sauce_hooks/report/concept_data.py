@@ -18,6 +18,7 @@ from sauce_hooks.activations.images import NEEDS_PROCESSOR, Prepare, judge, open
 from sauce_hooks.activations.sources import Batches, find_source, iter_items
 from sauce_hooks.bank import Concept
 from sauce_hooks.erasure import PAPER_GAMMA, ConceptEraser, MergedEdit
+from sauce_hooks.erasure.edit import confined
 from sauce_hooks.errors import ImagesError
 from sauce_hooks.hookpoint import TokenLayout, unwrap
 from sauce_hooks.report.pictures import thumbnail
@@ -243,11 +244,7 @@ def written_direction(sae: VisionSAE, concept: Concept) -> Float[Tensor, " d_in"
     else:
         mean_k = torch.ones(len(features_k), dtype=torch.float64)
     rows_kd = sae.sae.W_dec.detach()[features_k.to(sae.sae.W_dec.device)].cpu().double()
-    direction_d = (gamma - 1) * mean_k @ rows_kd
-    if concept.subspace is not None:
-        basis_rd = concept.subspace.basis_rd.detach().cpu().double()
-        within_d = direction_d @ basis_rd.T @ basis_rd
-        direction_d = within_d if concept.subspace.inside else direction_d - within_d
+    direction_d = confined((gamma - 1) * mean_k @ rows_kd, concept.subspace)
     return direction_d if float(direction_d.norm()) > 0 else None
 
 
