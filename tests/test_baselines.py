@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ from sauce_hooks.evaluation.baselines.losses import (
 )
 from sauce_hooks.sae.vision_sae import FeatureStats
 from sauce_hooks.scenes import rivals
-from tiny import D_SAE, logits, pictures, snapshot
+from tiny import D_SAE, build_llava, logits, make_vision_sae, pictures, snapshot
 
 # Losses. -------------------------------------------------------------------------------------------------------------
 
@@ -263,6 +264,11 @@ def test_the_instruction_finds_its_place_in_any_chat_format():
     )
 
 
+@cache
+def tiny_model():
+    return build_llava()
+
+
 def with_stats(sae: VisionSAE, alive: list[int]) -> VisionSAE:
     frequency = torch.zeros(D_SAE)
     frequency[alive] = 0.5
@@ -272,9 +278,7 @@ def with_stats(sae: VisionSAE, alive: list[int]) -> VisionSAE:
 
 @given(st.sets(st.integers(0, D_SAE - 1), min_size=9), seeds)
 def test_random_features_are_alive_as_many_and_none_of_its_own(alive, seed):
-    from tiny import build_llava, make_vision_sae
-
-    model = test_random_features_are_alive_as_many_and_none_of_its_own.__dict__.setdefault("model", build_llava())
+    model = tiny_model()
     sae = with_stats(make_vision_sae(model), sorted(alive))
     eraser = random_features(model, sae, seed=seed)("blue")
     assert isinstance(eraser, ConceptEraser)
@@ -338,4 +342,5 @@ def test_methods_are_made_from_what_is_there(model, sae, processor):
         make_methods(Materials(model, processor), ["NPO"])
     with pytest.raises(ValueError, match="unknown method 'XO'; known: GA, GD"):
         make_methods(Materials(model, processor), ["XO"])
-    assert list(make_methods(rivals.materials(model, processor, sae))) == list(METHODS)
+    rates = dict.fromkeys(OBJECTIVES, 1e-3)
+    assert list(make_methods(rivals.materials(model, processor, sae, rates=rates))) == list(METHODS)

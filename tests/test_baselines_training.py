@@ -7,7 +7,7 @@ import torch
 
 import families
 from sauce_hooks import find_hook_point, scenes
-from sauce_hooks.errors import DivergedError, EditError
+from sauce_hooks.errors import DivergedError, EditError, ImagesError
 from sauce_hooks.evaluation import AnsweredBatch, Probe, prepare_answers
 from sauce_hooks.evaluation.baselines import (
     OBJECTIVES,
@@ -54,23 +54,21 @@ def loss_of(model, answered, processor, of=cross_entropy) -> float:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", OBJECTIVES)
-def test_training_does_what_its_loss_says_and_leaves_the_original_alone(any_model, processor, data, method, kind):
-    model = any_model
-    before, kept, bare = snapshot(model), weights(model), logits(model)
-    rival = Retrained(model, processor, method, lambda concept: data, settings(kind, steps=8))
+def test_training_does_what_its_loss_says_and_leaves_the_original_alone(model, processor, data, method, kind):
+    kept, bare = weights(model), logits(model)
+    rival = Retrained(model, processor, method, lambda concept: data, settings(kind, steps=5))
     forgotten, refused = (loss_of(model, part, processor) for part in (data.forget, data.refused))
-    before_use = snapshot(model)  # asking installs transformers' own hooks
+    before = snapshot(model)
     rival.learn("red")
-    assert snapshot(model) == before_use
+    assert snapshot(model) == before
     with rival("red"):
         assert not torch.equal(logits(model), bare)
         if method == "PO":
-            assert loss_of(model, data.refused, processor) < refused - 0.1
+            assert loss_of(model, data.refused, processor) < refused - 0.05
         else:
-            assert loss_of(model, data.forget, processor) > forgotten + 0.1
+            assert loss_of(model, data.forget, processor) > forgotten + 0.05
     assert torch.equal(logits(model), bare)
-    assert snapshot(model).keys() == before.keys()
-    assert snapshot(model) == before_use
+    assert snapshot(model) == before
     assert all(torch.equal(kept[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -79,7 +77,7 @@ def test_the_retain_terms_retain(model, processor, data):
 
     def student(method: str, **options):
         forget, retain = (prepare_answers(part, processor) for part in (data.forget, data.retain))
-        return train(model, method, forget, retain, settings("full", steps=12, **options)).model
+        return train(model, method, forget, retain, settings("full", steps=8, **options)).model
 
     original = prepare_answers(data.retain, processor)[0]
     with torch.no_grad():
@@ -95,13 +93,13 @@ def test_the_retain_terms_retain(model, processor, data):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_original_comes_back_after_an_exception(model, processor, data, kind):
-    bare, before = logits(model), snapshot(model)
+def test_the_original_comes_back_after_an_exception(cold, processor, data, kind):
+    model, before = cold, snapshot(cold)
     rival = Retrained(model, processor, "GA", lambda concept: data, settings(kind, steps=1))
     rival.learn("red")
     with pytest.raises(KeyboardInterrupt), rival("red"):
         raise KeyboardInterrupt
-    assert torch.equal(logits(model), bare) and snapshot(model) == before
+    assert snapshot(model) == before
 
 
 def test_the_tower_stays_unless_it_is_asked_for(model):
@@ -128,27 +126,41 @@ def test_tied_weights_stay_tied():
 # Seeds and files. ----------------------------------------------------------------------------------------------------
 
 
+def test_the_seed_decides(model, processor, data):
+    batches = prepare_answers(data.forget, processor)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    found = [train(model, "GA", batches, [], settings("lora", steps=1, seed=seed)).tensors() for seed in (0, 0, 1)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert not all(torch.equal(found[0][name], found[2][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_learnt_is_kept_and_used_for_the_very_same_only(model, processor, data, kind, tmp_path, monkeypatch):
     trainings: list[str] = []
-    monkeypatch.setattr(module, "train", lambda *args, **kw: (trainings.append(args[1]), train(*args, **kw))[1])
+
+    def stand_in(model, method, forget, retain, settings, *, adapter):
+        trainings.append(method)
+        student = make_student(model, kind=settings.kind, parts=settings.parts, rank=settings.rank, adapter=adapter)
+        with torch.no_grad():
+            for p in student.trained.values():
+                p.fill_(len(trainings))
+        return student
 
     def tensors(concept: str = "red", of: ForgetRetain = data, method: str = "NPO", **options):
         return (
             Retrained(model, processor, method, lambda c: of, settings(kind, **options), tmp_path).learn(concept).tensors()
         )
 
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first = tensors()
-    assert torch.equal(torch.get_rng_state(), state)
-    again = tensors()
+    monkeypatch.setattr(module, "train", stand_in)
+    for _ in range(2):
+        assert all(bool((t == 1).all()) for t in tensors().values())
     assert trainings == ["NPO"]
-    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
     [file] = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-100])  # cut short: it is made anew, and the same
-    assert all(torch.equal(first[name], t) for name, t in tensors().items())
-    assert len(trainings) == 2
+    file.write_bytes(file.read_bytes()[:-100])  # cut short: it is made anew
+    assert all(bool((t == 2).all()) for t in tensors().values())
+    assert all(bool((t == 2).all()) for t in tensors().values())
     for change in (
         {"lr": 2e-3}, {"seed": 1}, {"concept": "../../blue"}, {"method": "GA"}, {"of": replace(data, retain=data.forget)}
     ):  # fmt: skip
@@ -188,6 +200,9 @@ def test_unknown_methods_and_encoder_decoders_are_refused(model, processor):
         Retrained(model, processor, "GB", lambda c: None, Settings(1e-3))
     with pytest.raises(ValueError, match="encoder-decoder"):
         train(families.build("florence2")[0], "GA", [], [], Settings(1e-3))
+    for sets, missing in (([], [1]), "forget"), (([1], []), "retain"):
+        with pytest.raises(ImagesError, match=f"the {missing} set is empty: GD"):
+            train(model, "GD", *sets, Settings(1e-3))
 
 
 def test_without_peft_the_extra_is_named(model, monkeypatch):
@@ -203,7 +218,7 @@ def test_without_peft_the_extra_is_named(model, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["qwen2_vl", "idefics3", "mllama"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "mllama"])
 def test_any_family(name, kind):
     model, inputs = families.build(name)
     labels = torch.full_like(inputs["input_ids"], -100)

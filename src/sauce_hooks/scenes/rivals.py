@@ -45,16 +45,16 @@ INSTRUCTION = "please tell no {}."
 SWEPT = ("tiger", "soccer", "red", "happy", "wood")
 """Concepts that learning rates are chosen on, one of each domain."""
 LRS: Mapping[Kind, tuple[float, ...]] = MappingProxyType(
-    {"lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)}
+    {"lora": (3e-3, 1e-2, 3e-2, 1e-1), "full": (3e-4, 1e-3, 3e-3, 1e-2)}
 )
 """What is tried."""
 CHOSEN: Mapping[Kind, Mapping[str, float]] = MappingProxyType({"lora": MappingProxyType({}), "full": MappingProxyType({})})
-"""What `--sweep` chose."""
+"""What a sweep over `SWEPT` chose, by method. Where there is nothing, `run` sweeps first."""
 
 
-def settings(kind: Kind = "lora") -> dict[str, Settings]:
-    """The settings of every weight-updating method, with the learning rate chosen on validation scenes."""
-    return {method: Settings(lr, kind) for method, lr in CHOSEN[kind].items()}
+def settings(rates: Mapping[str, float], kind: Kind = "lora") -> dict[str, Settings]:
+    """The settings of weight-updating methods, from their learning rates."""
+    return {method: Settings(lr, kind) for method, lr in rates.items()}
 
 
 def data(concept: str, n: int = N_CONTRAST) -> ForgetRetain:
@@ -80,14 +80,23 @@ def data(concept: str, n: int = N_CONTRAST) -> ForgetRetain:
     return forget_retain(concept, as_probes(holding), as_probes(others), domain, wording(), describe, REFUSALS)
 
 
-def materials(model: Any, processor: Any, sae: VisionSAE, *, kind: Kind = "lora", folder: Path | None = None) -> Materials:
-    """What every method of `METHODS` needs, from the bundled world."""
+def materials(
+    model: Any,
+    processor: Any,
+    sae: VisionSAE,
+    *,
+    rates: Mapping[str, float] | None = None,
+    kind: Kind = "lora",
+    folder: Path | None = None,
+) -> Materials:
+    """What the methods of `METHODS` need, from the bundled world; `rates` are `CHOSEN` ones by default."""
+    known = CHOSEN[kind] if rates is None else rates
 
     def sets(concept: str) -> tuple[Any, Any]:
         with_it, without = ([scene.image for scene in scenes] for scenes in contrast_sets(concept))
         return with_it, without
 
-    return Materials(model, processor, sae, sets, cache(data), settings(kind), folder, INSTRUCTION)
+    return Materials(model, processor, sae, sets, cache(data), settings(known, kind), folder, INSTRUCTION)
 
 
 def choose(
@@ -121,7 +130,12 @@ def run(
 ) -> Results:
     """Every method side by side on test scenes; `results.csv` and `table.md` in `out`, trained weights in `out/weights`."""
     model, processor, sae = load()
-    given = materials(model, processor, sae, kind=kind, folder=out / "weights")
+    rates = CHOSEN[kind]
+    trained = [method for method in methods or OBJECTIVES if method in OBJECTIVES]
+    if missing := [method for method in trained if method not in rates]:
+        found = run_sweep(out, kind=kind, methods=missing)
+        rates = {**rates, **{method: one.chosen for method, one in found.items()}}
+    given = materials(model, processor, sae, rates=rates, kind=kind, folder=out / "weights")
     rivals = {
         "SAUCE": lambda concept: ConceptEraser(model, sae, [concept]),
         **make_methods(given, methods),
@@ -144,12 +158,14 @@ def run(
     return results
 
 
-def run_sweep(out: Path, *, kind: Kind = "lora", concepts: Sequence[str] = SWEPT) -> dict[str, Sweep]:
+def run_sweep(
+    out: Path, *, kind: Kind = "lora", concepts: Sequence[str] = SWEPT, methods: Sequence[str] = tuple(OBJECTIVES)
+) -> dict[str, Sweep]:
     """Choose the learning rates; every point is in `sweep.csv`."""
     import pandas as pd
 
     model, processor, _ = load()
-    found = choose(model, processor, kind=kind, folder=out / "weights", concepts=concepts)
+    found = choose(model, processor, methods, kind=kind, folder=out / "weights", concepts=concepts)
     out.mkdir(parents=True, exist_ok=True)
     points = pd.concat([one.to_frame() for one in found.values()])
     write_text_atomically(out / f"sweep-{kind}.csv", points.to_csv(index=False))
@@ -173,7 +189,9 @@ def main(
     console = Console()
     kind: Kind = "full" if full else "lora"
     if sweeping:
-        for method, found in run_sweep(out, kind=kind, concepts=concepts or SWEPT).items():
+        for method, found in run_sweep(
+            out, kind=kind, concepts=concepts or SWEPT, methods=methods or tuple(OBJECTIVES)
+        ).items():
             merits = ", ".join(f"{lr:g}: {100 * merit:.1f}" for lr, merit in found.merits.items())
             end = " (at an end of what was tried)" if found.at_an_end else ""
             console.print(f"{method}: {found.chosen:g}{end}; {merits}", markup=False, soft_wrap=True)

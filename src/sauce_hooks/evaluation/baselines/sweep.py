@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from sauce_hooks.errors import DivergedError
+from sauce_hooks.errors import DivergedError, ImagesError
 from sauce_hooks.evaluation.probes import ProbeSet
 from sauce_hooks.evaluation.run import Method, evaluate
 
@@ -108,6 +108,9 @@ def sweep(
 
     Returns:
         By method, all points; `.chosen` is the rate to use.
+
+    Raises:
+        ImagesError: too few images to measure forgetting and retention with.
     """
     diverged: set[tuple[str, str]] = set()
     names = {f"{method} {lr!r}": (method, lr) for method, rates in candidates.items() for lr in rates}
@@ -119,6 +122,8 @@ def sweep(
     for name, (method, lr) in names.items():
         for concept in concepts:
             value = {metric: rate.value for metric, rate in results.scores[name, concept].items()}
+            if absent := [metric for metric in ("UA_d", "UA_g", "IRA", "CRA") if np.isnan(value[metric])]:
+                raise ImagesError(f"{concept!r}: no question to measure {', '.join(absent)} with; give more images")
             forgetting, retention = (value["UA_d"] + value["UA_g"]) / 2, (value["IRA"] + value["CRA"]) / 2
             found[method].append(Point(lr, concept, forgetting, retention, (name, concept) in diverged))
     return {method: Sweep(method, tuple(points)) for method, points in found.items()}

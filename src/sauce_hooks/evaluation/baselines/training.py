@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sauce_hooks.activations.images import to_device
-from sauce_hooks.errors import DivergedError
+from sauce_hooks.errors import DivergedError, ImagesError
 from sauce_hooks.evaluation.baselines.data import ForgetRetain
 from sauce_hooks.evaluation.baselines.losses import OBJECTIVES, Objective, Said
 from sauce_hooks.evaluation.baselines.weights import (
@@ -74,12 +74,13 @@ def train(
         model: the original model.
         method: a name in `OBJECTIVES`.
         forget: batches of the forget set, for PO with refusals for answers.
-        retain: batches of the retain set.
+        retain: batches of the retain set; may be empty for GA.
         settings: all else.
         adapter: PEFT's name of the adapter.
 
     Raises:
         DivergedError: a trained weight is not finite.
+        ImagesError: a set that is needed is empty.
         ImportError: LoRA without PEFT.
         ValueError: an unknown method, or an encoder-decoder.
     """
@@ -89,10 +90,14 @@ def train(
             f"{type(unwrap(model)).__name__} is an encoder-decoder: its answers do not follow the question's tokens. "
             "Unlearning by training is there for decoder-only language models"
         )
+    used = {"forget": forget, "retain": retain} if objective.retains else {"forget": forget}
+    if empty := [name for name, batches in used.items() if not batches]:
+        raise ImagesError(f"the {empty[0]} set is empty: {method} needs at least one answer in it")
+    steps = [{name: _inputs(batches[i % len(batches)]) for name, batches in used.items()} for i in range(settings.steps)]
     with torch.random.fork_rng(), untouched(model):
         torch.manual_seed(settings.seed)
         student = _student(model, settings, adapter)
-        _run(_Unlearning(student.model, model, objective, settings), [*_steps(forget, retain, settings)], settings)
+        _run(_Unlearning(student.model, model, objective, settings), steps, settings)
     student.model.eval()
     if not all(bool(torch.isfinite(p).all()) for p in student.trained.values()):
         raise DivergedError(f"{method} diverged at a learning rate of {settings.lr:g}: the weights are not finite any more")
@@ -123,11 +128,11 @@ class _Unlearning(nn.Module):
         del mode
         return super().train(False)
 
-    def forward(self, forget: dict[str, Any], retain: dict[str, Any]) -> dict[str, Tensor]:
+    def forward(self, forget: dict[str, Any], retain: dict[str, Any] | None = None) -> dict[str, Tensor]:
         """The loss of one step."""
         objective, settings = self._objective, self._settings
         forgotten = self._said(forget, objective.original_on == "forget")
-        retained = self._said(retain, objective.original_on == "retain") if objective.retains else None
+        retained = None if retain is None else self._said(retain, objective.original_on == "retain")
         return {"loss": objective.loss(forgotten, retained, settings.weight, settings.beta)}
 
     def _said(self, batch: dict[str, Any], with_original: bool) -> Said:
@@ -150,15 +155,12 @@ def said_by(model: nn.Module, inputs: dict[str, Tensor], labels_bl: Tensor) -> S
 _Step = dict[str, dict[str, Any]]
 
 
-def _steps(forget: Sequence[AnsweredBatch], retain: Sequence[AnsweredBatch], settings: Settings) -> Generator[_Step]:
-    """A batch of each set a step; a set that is through begins anew."""
-    for i in range(settings.steps):
-        sets = {"forget": forget[i % len(forget)], "retain": retain[i % len(retain)]}
-        yield {name: {"inputs": batch.inputs, "labels_bl": batch.labels_bl} for name, batch in sets.items()}
+def _inputs(batch: AnsweredBatch) -> dict[str, Any]:
+    return {"inputs": batch.inputs, "labels_bl": batch.labels_bl}
 
 
 def _run(unlearning: _Unlearning, steps: Sequence[_Step], settings: Settings) -> None:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
@@ -178,7 +180,9 @@ def _run(unlearning: _Unlearning, steps: Sequence[_Step], settings: Settings) ->
             use_cpu=next(unlearning.parameters()).device.type == "cpu",
             dataloader_pin_memory=False,
         )
-        Trainer(unlearning, arguments, train_dataset=_Dataset(steps), data_collator=_only).train()
+        trainer = Trainer(unlearning, arguments, train_dataset=_Dataset(steps), data_collator=_only)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
 
 
 class _Dataset(torch.utils.data.Dataset[_Step]):
@@ -251,7 +255,8 @@ class Retrained:
             student.load(tensors)
             student.model.eval()
             return student
-        batches = (prepare_answers(part, self.processor, settings.batch_size) for part in (forget, data.retain))
+        retain = data.retain if _objective(self.method).retains else ()
+        batches = (prepare_answers(part, self.processor, settings.batch_size) for part in (forget, retain))
         student = train(self.model, self.method, *batches, settings, adapter=adapter)
         if path is not None:
             write_weights(path, student.tensors(), made_with)

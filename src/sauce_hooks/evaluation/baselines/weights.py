@@ -65,14 +65,14 @@ class Student:
                     p.data = data
             return
         holders = [(root.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in self.modules]
-        layers = [holder._modules[name] for holder, name in holders]
+        layers = [holder.get_submodule(name) for holder, name in holders]
         try:
             for (holder, name), layer in zip(holders, self.modules.values(), strict=True):
-                holder._modules[name] = layer
+                setattr(holder, name, layer)
             yield
         finally:
             for (holder, name), layer in zip(holders, layers, strict=True):
-                holder._modules[name] = layer
+                setattr(holder, name, layer)
 
 
 def make_student(model: nn.Module, *, kind: Kind, parts: Parts, rank: int, adapter: str) -> Student:
