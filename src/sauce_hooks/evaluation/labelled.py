@@ -1,8 +1,9 @@
 """Probe sets from images with labels: a folder for each concept, a table of labels, or a Hugging Face dataset.
 
-What labels say is taken at its word and no further. A label says that a concept is in an image. Whether a concept that is not
-named is absent must be declared (`absent`); otherwise nothing counts as absent, and what needs an absence (TNR, AUROC, POPE,
-MME, CHAIR) is not measured. The other concepts of an image with one label are unknown, so SRA is not measured either.
+What labels say is taken at its word and no further. A label says that a concept is in an image. Whether a concept that is
+not named is absent must be declared (`absent`); otherwise nothing counts as absent, and what needs an absence (TNR,
+AUROC, POPE, MME, CHAIR) is not measured. The other concepts of an image with one label are unknown, so SRA is not
+measured either.
 
 Every image belongs to one split, by a digest of its content. So no image is in two splits, whatever it is called, however
 often it lies somewhere, and whatever else is added later. A picture that was saved anew is another file: near-duplicates are
@@ -33,9 +34,9 @@ from sauce_hooks.evaluation.probes import Picture, Probe, ProbeSet, Wording
 Split = Literal["train", "val", "test"]
 SHARES: Mapping[Split, float] = MappingProxyType({"train": 0.6, "val": 0.2, "test": 0.2})
 """About how much of the images each split has: features are chosen on `train`, settings on `val`, figures are of `test`."""
-Absent = Literal["unknown", "domain", "all"]
-"""What is declared of the concepts that an image is not labelled with: nothing is known of them; those of the same domain as one
-of its labels are absent (an image shows one sport, one emotion); all are absent (the labels are complete)."""
+Unlabelled = Literal["unknown", "domain", "all"]
+"""What is declared of the concepts that an image is not labelled with: nothing is known of them; those of the same domain
+as one of its labels are absent (an image shows one sport, one emotion); all are absent (the labels are complete)."""
 _SHOWN = 5
 
 
@@ -112,7 +113,7 @@ class LabelledImages:
 
     images: tuple[Labelled, ...]
     domains: Mapping[str, tuple[str, ...]]
-    absent: Absent = "unknown"
+    absent: Unlabelled = "unknown"
 
     def __post_init__(self) -> None:
         known = {concept for names in self.domains.values() for concept in names}
@@ -122,7 +123,7 @@ class LabelledImages:
 
     @classmethod
     def from_folder(
-        cls, root: str | Path, *, absent: Absent = "unknown", names: Mapping[str, str] = MappingProxyType({})
+        cls, root: str | Path, *, absent: Unlabelled = "unknown", names: Mapping[str, str] = MappingProxyType({})
     ) -> LabelledImages:
         """One folder a concept, `tiger/*.jpg`, or in folders that are domains, `object/tiger/*.jpg`.
 
@@ -134,7 +135,8 @@ class LabelledImages:
 
         Raises:
             ImagesError: no such folder, no image, or none that can be read.
-            ProbeError: images that lie neither in concepts nor in concepts of domains, or some in the one and some in the other.
+            ProbeError: images that lie neither in concepts nor in concepts of domains, or some in the one and some in the
+                other.
         """
         top = Path(root)
         if not top.is_dir():
@@ -168,7 +170,7 @@ class LabelledImages:
 
     @classmethod
     def from_table(
-        cls, path: str | Path, *, absent: Absent = "unknown", domains: Mapping[str, Sequence[str]] | None = None
+        cls, path: str | Path, *, absent: Unlabelled = "unknown", domains: Mapping[str, Sequence[str]] | None = None
     ) -> LabelledImages:
         """A CSV file with the columns `image` and `concepts` ("tiger;red"), or JSON lines with the same keys and lists.
 
@@ -209,7 +211,7 @@ class LabelledImages:
         data: Any,
         *,
         labels: str | None = None,
-        absent: Absent = "unknown",
+        absent: Unlabelled = "unknown",
         domains: Mapping[str, Sequence[str]] | None = None,
         names: Mapping[str, str] = MappingProxyType({}),
     ) -> LabelledImages:
@@ -256,11 +258,11 @@ class LabelledImages:
             return said.union(*(names for names in self.domains.values() if not image.concepts.isdisjoint(names)))
         return said
 
-    def contrast(self, concept: str, *, split: Split = "train") -> tuple[list[Image.Image | Picture], list[Any]]:
+    def contrast(self, concept: str, *, split: Split = "train") -> tuple[Sequence[Any], Sequence[Any]]:
         """Images of a split that hold a concept, and images known to lack it, to learn the concept from.
 
         Returns:
-            The two sets, as files or rows that are opened when they are read.
+            The two sets, as paths, or as a sequence that opens a row when it is asked for.
 
         Raises:
             UnknownConceptError: no such concept.
@@ -275,8 +277,7 @@ class LabelledImages:
                     f"no image of split {split!r} {which} {concept!r}. "
                     + (_DECLARE if which != "holds" else "Add images of it")
                 )
-        holding, lacking = ([_content(p) for p in found] for found in sets)
-        return holding, lacking
+        return _unopened(sets[0]), _unopened(sets[1])
 
     def probes(self, wording: Wording, *, split: Split = "test", n: int = 50, retained: int = 10) -> ProbeSet:
         """The protocol's images: all of one split.
@@ -285,8 +286,9 @@ class LabelledImages:
             wording: how the model is asked; see `sauce_hooks.evaluation.wording`.
             split: "val" to choose settings, "test" to report.
             n: images that hold each concept, and as many known to lack it, at most.
-            retained: images of each concept for IRA and CRA, at most. Where there are not `n` + `retained`, they are some of the
-                same images: a concept's own images are asked about only while it is erased, and these only while another is.
+            retained: images of each concept for IRA and CRA, at most. Where there are not `n` + `retained`, they are some
+                of the same images: a concept's own images are asked about only while it is erased, and these only while
+                another is.
         """
         chosen = sorted(self._probes(split), key=lambda probe: probe.name)
 
@@ -320,9 +322,23 @@ _DECLARE = (
 )
 
 
-def _content(probe: Probe) -> Any:
-    """What the library's other rooms read an image from."""
-    return probe.source.path if isinstance(probe.source, FilePicture) else probe.image
+def _unopened(probes: Sequence[Probe]) -> Sequence[Any]:
+    """Images as the library's other rooms take them: paths, or something that opens them one by one."""
+    paths = [probe.source.path for probe in probes if isinstance(probe.source, FilePicture)]
+    return paths if len(paths) == len(probes) else Opening(probes)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The images of probes, each opened when it is asked for."""
+
+    probes: Sequence[Probe]
+
+    def __len__(self) -> int:
+        return len(self.probes)
+
+    def __getitem__(self, i: int) -> Image.Image:
+        return self.probes[i].image
 
 
 def _files(labelled: Iterable[tuple[str, frozenset[str], frozenset[str]]]) -> Iterator[Labelled]:

@@ -3,8 +3,8 @@
 A concept's rate has Wilson's interval. A mean over concepts has a two-stage bootstrap: concepts are drawn with replacement,
 and within each drawn concept its images (Davison and Hinkley 1997, "Bootstrap Methods and their Application", section 3.8);
 that is a little too wide rather than too narrow. All questions about one image are drawn together, since they are not
-independent, and so are the answers of two methods to one question: shares of the original model and differences of methods are
-paired.
+independent, and so are the answers of two methods to one question: shares of the original model and differences of
+methods are paired.
 
 No bootstrap can draw what was never seen: where every answer is right, every draw is right, and the interval would be a
 point. So an interval is never narrower than Wilson's for that mean on as many images as there are in all.

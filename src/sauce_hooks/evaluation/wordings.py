@@ -1,8 +1,8 @@
 """How real models are asked, as data: phrasings of both questions in two languages, and what a yes and a no look like.
 
 The first English phrasing of each kind is the paper's; the others are ours, since the paper's Appendix B is not public. The
-last phrasing of each kind and language, `HELD_OUT`, is never used to choose a setting. Chinese is the paper's second language
-(its translation attack); there a concept goes by the names in `CHINESE`, or by those the caller gives.
+last phrasing of each kind and language, `HELD_OUT`, is never used to choose a setting. Chinese is the paper's second
+language (its translation attack); there a concept goes by the names in `CHINESE`, or by those the caller gives.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ PHRASINGS: Mapping[str, Phrasings] = MappingProxyType(
         ),
         "zh": Phrasings(
             yes_no=(
-                "这张图片中包含{}吗？请回答“是”或“否”。",  # noqa: RUF001
-                "图中有{}吗？请用“是”或“否”回答。",  # noqa: RUF001
-                "请看这张图片。图里能看到{}吗？只回答“是”或“否”。",  # noqa: RUF001
+                "这张图片中包含{}吗？请回答“是”或“否”。",
+                "图中有{}吗？请用“是”或“否”回答。",
+                "请看这张图片。图里能看到{}吗？只回答“是”或“否”。",
             ),
             describe=(
                 "请详细描述这张图片中的所有物体。",
@@ -71,7 +71,8 @@ CHINESE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         # object
         "bulbul": ("鹎", "白头翁"), "boat": ("船", "舟"), "sweatshirt": ("运动衫", "卫衣"), "wall clock": ("挂钟", "壁钟"),
         "cannon": ("大炮", "加农炮", "火炮"), "wok": ("炒锅", "铁锅"), "cat": ("猫",), "tiger": ("老虎", "虎"),
-        "starfish": ("海星",), "langur": ("叶猴", "长尾猴"), "bookcase": ("书柜", "书架"), "chain": ("链条", "链子", "锁链", "铁链"),
+        "starfish": ("海星",), "langur": ("叶猴", "长尾猴"), "bookcase": ("书柜", "书架"),
+        "chain": ("链条", "链子", "锁链", "铁链"),
         "chest": ("箱子", "木箱"), "crib": ("婴儿床",), "desk": ("书桌", "办公桌"), "dome": ("圆顶", "穹顶"),
         "envelope": ("信封",), "car": ("汽车", "轿车", "小车"), "microphone": ("麦克风", "话筒"), "necklace": ("项链",),
         # sport scene
@@ -80,12 +81,14 @@ CHINESE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "rugby": ("英式橄榄球", "橄榄球"), "badminton": ("羽毛球",),
         # color: one asks for the colour's full name; a description may use the short one
         "red": ("红色", "红"), "blue": ("蓝色", "蓝"), "green": ("绿色", "绿"), "yellow": ("黄色", "黄"),
-        "purple": ("紫色", "紫"), "orange": ("橙色", "橘色", "橙"), "pink": ("粉色", "粉红"), "brown": ("棕色", "褐色", "棕"),
+        "purple": ("紫色", "紫"), "orange": ("橙色", "橘色", "橙"), "pink": ("粉色", "粉红"),
+        "brown": ("棕色", "褐色", "棕"),
         "black": ("黑色", "黑"), "white": ("白色", "白"),
         # emotion
         "happy": ("快乐", "高兴", "开心", "愉快"), "sad": ("悲伤", "难过", "伤心"), "angry": ("愤怒", "生气"),
         "surprised": ("惊讶", "吃惊"), "scared": ("害怕", "恐惧", "惊恐"), "disgusted": ("厌恶", "恶心"),
-        "excited": ("兴奋", "激动"), "relaxed": ("放松", "轻松"), "confused": ("困惑", "迷惑", "疑惑"), "bored": ("无聊", "厌倦"),
+        "excited": ("兴奋", "激动"), "relaxed": ("放松", "轻松"), "confused": ("困惑", "迷惑", "疑惑"),
+        "bored": ("无聊", "厌倦"),
         # material
         "wood": ("木头", "木质", "木制", "木材"), "metal": ("金属",), "plastic": ("塑料",), "glass": ("玻璃",),
         "fabric": ("织物", "布料", "布艺"), "paper": ("纸", "纸张"), "ceramic": ("陶瓷", "瓷"), "leather": ("皮革",),
@@ -94,8 +97,8 @@ CHINESE: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )  # fmt: skip
 """The concepts of the paper's Table 1: the name that is asked for, then further words that count as naming it.
 
-Translated by us, not checked by a native speaker. Chinese writes no spaces, so a word is found anywhere in a text: 猫 (cat) also
-in 熊猫 (panda), 橄榄球 for both football and rugby, as in the language."""
+Translated by us, not checked by a native speaker. Chinese writes no spaces, so a word is found anywhere in a text: 猫 (cat)
+also in 熊猫 (panda); and 橄榄球 is both football and rugby, as in the language."""
 
 NAMES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType({"zh": CHINESE})
 """By language, the shipped names. English names are the concepts themselves."""
