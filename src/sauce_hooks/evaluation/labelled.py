@@ -328,17 +328,17 @@ def _unopened(probes: Sequence[Probe]) -> Sequence[Any]:
     return paths if len(paths) == len(probes) else Opening(probes)
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(Sequence[Image.Image]):
     """The images of probes, each opened when it is asked for."""
 
-    probes: Sequence[Probe]
+    def __init__(self, probes: Sequence[Probe]) -> None:
+        self._probes = probes
 
     def __len__(self) -> int:
-        return len(self.probes)
+        return len(self._probes)
 
-    def __getitem__(self, i: int) -> Image.Image:
-        return self.probes[i].image
+    def __getitem__(self, i: Any) -> Any:
+        return Opening(self._probes[i]) if isinstance(i, slice) else self._probes[i].image
 
 
 def _files(labelled: Iterable[tuple[str, frozenset[str], frozenset[str]]]) -> Iterator[Labelled]:

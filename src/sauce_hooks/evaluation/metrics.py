@@ -362,7 +362,9 @@ def harmonic(rates: Mapping[str, Rate], original: Mapping[str, Rate]) -> float:
 
 def share_kept(value: float, original: float) -> float:
     """A value as a share of the original model's, at most 1; NaN where the original has none of it."""
-    return min(1.0, value / original) if original else float("nan")
+    if math.isnan(value) or math.isnan(original) or not original:  # min(1, NaN) would be 1
+        return float("nan")
+    return min(1.0, value / original)
 
 
 FORGETTING = ("UA_d", "UA_g")
