@@ -240,9 +240,11 @@ def mean_difference(
     value, drawn = _mean_and_draws(values, inner, seed)
     if value != value:
         return Mean(value, value, value)
-    least = wilson(0, images)[1] if images else 0.0
     low, high = np.nanpercentile(drawn, (2.5, 97.5))
-    return Mean(value, float(min(low, value - least)), float(max(high, value + least)))
+    if high - low < 1e-9 and images:  # every draw is the same
+        margin = wilson(0, images)[1]
+        low, high = value - margin, value + margin
+    return Mean(value, float(max(-1, min(low, value))), float(min(1, max(high, value))))
 
 
 def _mean_and_draws(
