@@ -90,3 +90,15 @@ class EraserStateError(SauceHooksError, RuntimeError):
 
 class ModelBelowGateError(SauceHooksError, RuntimeError):
     """The original model does not know enough for its forgetting to mean anything."""
+
+
+class ProbeError(SauceHooksError, ValueError):
+    """A set of probes, or its labels, that cannot answer what is asked of it; says what is missing."""
+
+
+class EvaluationError(SauceHooksError, RuntimeError):
+    """An evaluation of which nothing is left: every erasure failed."""
+
+
+class EvaluationWarning(UserWarning):
+    """An evaluation that is not whole: some erasures failed and are left out; names them."""

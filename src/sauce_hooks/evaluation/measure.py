@@ -36,8 +36,7 @@ from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.errors import ContrastError, ImagesError
 from sauce_hooks.evaluation.answers import Answer, Batch, ask, prepare
 from sauce_hooks.evaluation.metrics import score
-from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording
-from sauce_hooks.evaluation.run import other_questions, own_questions
+from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording, other_questions, own_questions
 from sauce_hooks.hookpoint import evaluating
 from sauce_hooks.sae import VisionSAE
 from sauce_hooks.sae.provenance import provenance_of
@@ -174,7 +173,8 @@ def _unlabelled(name: str, positives: Any, siblings: Mapping[str, Any], wording:
     """Images of which only that is known what they were given for."""
 
     def shown(images: Any, concept: str) -> list[Probe]:
-        return [Probe(picture, frozenset((concept,))) for picture in iter_images(images)]
+        known = frozenset((name, concept))  # siblings are given as not showing this concept
+        return [Probe(picture, frozenset((concept,)), known) for picture in iter_images(images)]
 
     return ProbeSet(
         domains={"": (name, *siblings)},
