@@ -65,7 +65,9 @@ def read_entries(found: Mapping[str, Any], where: str) -> dict[str, Entry]:
         if not key:
             raise JudgeFileError(f"{where}: {name!r} is no name of a concept")
         if not isinstance(fields, Mapping) or not set(fields) - {"domain"}:
-            raise JudgeFileError(f'{where}, {name!r}: wanted words by language, {{"en": {{"words": ["tiger"]}}}}; got {fields!r:.80}')
+            raise JudgeFileError(
+                f'{where}, {name!r}: wanted words by language, {{"en": {{"words": ["tiger"]}}}}; got {fields!r:.80}'
+            )
         domain = fields.get("domain")
         if domain is not None and not isinstance(domain, str):
             raise JudgeFileError(f"{where}, {name!r}: the domain is {domain!r:.80}, not a word")

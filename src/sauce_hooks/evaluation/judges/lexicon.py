@@ -86,9 +86,9 @@ class Lexicon(UnsureJudge):
         for why, n in unread.items():
             example = next(text for text, reading in zip(texts, readings, strict=True) if reading.unread == why)
             warnings.warn(
-                f"{n} of {len(texts)} descriptions, judged for {concept!r}: {why}, for example {example[:60]!r}. They are left "
-                f"open, which counts as a mention. Give the lexicon words, Lexicon({{{concept!r}: {{...}}}}), or put a judge "
-                "that reads them behind it, Layered([lexicon, ...])",
+                f"{n} of {len(texts)} descriptions, judged for {concept!r}: {why}, for example {example[:60]!r}. They are "
+                f"left open, which counts as a mention. Give the lexicon words, Lexicon({{{concept!r}: {{...}}}}), or put a "
+                "judge that reads them behind it, Layered([lexicon, ...])",
                 UnjudgedAnswersWarning,
                 stacklevel=2,
             )
@@ -108,7 +108,9 @@ class Lexicon(UnsureJudge):
         else:
             language = next((code for code in entry.languages if _script(entry.languages[code]) == main), None)
             if language is None:
-                return Reading(None, unread=f"they are written in {main.capitalize()} script, and it has no such words for it")
+                return Reading(
+                    None, unread=f"they are written in {main.capitalize()} script, and it has no such words for it"
+                )
         words = entry.languages.get(language)
         if words is None and self.known(concept):
             return Reading(None, unread=f"they are in the language {language!r}, and it has no such words for it")

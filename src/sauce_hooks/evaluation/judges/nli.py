@@ -35,8 +35,8 @@ def hypothesis(concept: str) -> str:
 class NLI(UnsureJudge):
     """Any sequence-classification model of Hugging Face that has an entailment label.
 
-    P(entailment) of the description and "The image shows a tiger." decides; in the middle it is unsure. A description that is
-    too long for the model is judged in overlapping pieces, and mentions what any of them mentions.
+    P(entailment) of the description and "The image shows a tiger." decides; in the middle it is unsure. A description that
+    is too long for the model is judged in overlapping pieces, and mentions what any of them mentions.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class NLI(UnsureJudge):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         if not Path(folder).is_dir():
-            raise JudgeError(f"no folder {str(folder)!r} with an NLI model: save one there with save_pretrained, model and tokenizer")
+            raise JudgeError(
+                f"no folder {str(folder)!r} with an NLI model: save one there with save_pretrained, model and tokenizer"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
@@ -120,7 +122,9 @@ class NLI(UnsureJudge):
         most = min(self._tokenizer.model_max_length, _positions(config))
         needed = len(self._tokenizer("", claim).input_ids)
         if needed + 8 > most:
-            raise JudgeError(f"the hypothesis {claim!r} takes {needed} of the {most} tokens that {self.name} reads: shorten it")
+            raise JudgeError(
+                f"the hypothesis {claim!r} takes {needed} of the {most} tokens that {self.name} reads: shorten it"
+            )
         encoded = self._tokenizer(
             list(texts),
             [claim] * len(texts),
@@ -143,7 +147,9 @@ def _positions(config: Any) -> int:
     return most - (text.pad_token_id + 1 if text.model_type in _OFFSET_POSITIONS else 0)
 
 
-_OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "longformer"})
+_OFFSET_POSITIONS = frozenset(
+    {"roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "longformer"}
+)
 
 
 def _entailment(labels: dict[int, str]) -> int:
@@ -152,7 +158,7 @@ def _entailment(labels: dict[int, str]) -> int:
     found = [i for i, label in named.items() if label.startswith("entail")]
     if len(found) != 1:
         raise JudgeError(
-            f"which label is the entailment can't be told from their names ({', '.join(map(str, labels.values()))}): set "
-            "model.config.id2label, for example {0: 'contradiction', 1: 'neutral', 2: 'entailment'}, as the model was trained"
+            f"which label is the entailment can't be told by name ({', '.join(map(str, labels.values()))}): set "
+            "model.config.id2label as the model was trained, for example {0: 'contradiction', 1: 'neutral', 2: 'entailment'}"
         )
     return found[0]

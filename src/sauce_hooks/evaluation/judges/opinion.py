@@ -48,7 +48,9 @@ def verdicts_of(judge: Judge, texts: Sequence[str], concept: str) -> list[Verdic
     """What any judge says; one that is never unsure has no `verdicts`."""
     said = judge.verdicts(texts, concept) if isinstance(judge, UnsureJudge) else judge(texts, concept)
     if len(said) != len(texts):
-        raise ValueError(f"judge {judge.name!r} gave {len(said)} verdicts for {len(texts)} descriptions: it must give one each")
+        raise ValueError(
+            f"judge {judge.name!r} gave {len(said)} verdicts for {len(texts)} descriptions: it must give one each"
+        )
     return list(said)
 
 
