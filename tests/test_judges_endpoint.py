@@ -197,7 +197,9 @@ def test_no_endpoint(monkeypatch: pytest.MonkeyPatch):
 def test_the_budget_stops_it_and_a_larger_one_goes_on(server: Server, tmp_path: Any, budget: Budget, requests: int):
     texts = [f"A tiger, number {i}." for i in range(5)]
     path = tmp_path / "judge.sqlite"
-    with pytest.raises(JudgeBudgetError, match=rf"may spend no more.*{requests} of 5 descriptions.*{path.name}.*Raise the budget"):
+    with pytest.raises(
+        JudgeBudgetError, match=rf"may spend no more.*{requests} of 5 descriptions.*{path.name}.*Raise the budget"
+    ):
         judge(server, cache=path, budget=budget)(texts, "tiger")
     assert len(server.requests) == requests
     assert judge(server, cache=path)(texts, "tiger") == [True] * 5

@@ -16,7 +16,7 @@ _MOST_BYTES = 4_000_000
 
 def read_text(name: str) -> str:
     """The content of a data file of this package."""
-    return files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return files("sauce_hooks.evaluation.judges").joinpath(name).read_text(encoding="utf-8")
 
 
 def read_json(name: str) -> dict[str, Any]:

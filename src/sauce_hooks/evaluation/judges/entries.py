@@ -53,7 +53,7 @@ def concept_key(concept: str) -> str:
     return " ".join(split_words(concept))
 
 
-def read_entries(found: Mapping[str, Any], where: str) -> dict[str, Entry]:
+def read_entries(found: Mapping[Any, Any], where: str) -> dict[str, Entry]:
     """Entries by concept from what a JSON file, or a user's mapping, holds.
 
     Raises:

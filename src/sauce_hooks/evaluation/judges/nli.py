@@ -89,7 +89,8 @@ class NLI(UnsureJudge):
             model = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise JudgeError(f"{str(folder)!r} holds no NLI model that can be read: {error}") from error
-        return cls(model, tokenizer, **{"name": Path(folder).resolve().name, **settings})
+        settings.setdefault("name", Path(folder).resolve().name)
+        return cls(model, tokenizer, **settings)
 
     @property
     def name(self) -> str:

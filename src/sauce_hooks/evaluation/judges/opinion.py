@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 Verdict = bool | None
@@ -87,7 +87,8 @@ class Layered(UnsureJudge):
             if not open_:
                 break
             last = n + 1 == len(self.judges)
-            blind = not last and not getattr(judge, "known", lambda _: True)(concept)
+            known: Callable[[str], bool] | None = getattr(judge, "known", None)
+            blind = not last and known is not None and not known(concept)
             for i, verdict in zip(open_, verdicts_of(judge, [texts[i] for i in open_], concept), strict=True):
                 found[i] = None if blind and verdict is False else verdict
             open_ = [i for i in open_ if found[i] is None]
