@@ -4,6 +4,7 @@ from sauce_hooks.evaluation.answers import Answer, ask, prepare
 from sauce_hooks.evaluation.describe import describe_sae
 from sauce_hooks.evaluation.distill import Distilled, Gap, distill
 from sauce_hooks.evaluation.eligibility import Eligibility
+from sauce_hooks.evaluation.judges import NLI, Agreement, Budget, Endpoint, Layered, Lexicon, agreement
 from sauce_hooks.evaluation.labelled import Labelled, LabelledImages
 from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, loss_added, own_answers, prepare_answers
 from sauce_hooks.evaluation.measure import chat_prompt, default_wording, measure_images, measure_probes, tune_concept
@@ -18,20 +19,26 @@ __all__ = [
     "CHINESE",
     "HELD_OUT",
     "METRICS",
+    "NLI",
     "ORIGINAL",
     "PHRASINGS",
     "PROTOCOL_VERSION",
+    "Agreement",
     "Answer",
     "Answered",
     "AnsweredBatch",
+    "Budget",
     "Comparison",
     "Counts",
     "Distilled",
     "Eligibility",
+    "Endpoint",
     "Gap",
     "Judge",
     "Labelled",
     "LabelledImages",
+    "Layered",
+    "Lexicon",
     "Method",
     "Picture",
     "Probe",
@@ -40,6 +47,7 @@ __all__ = [
     "Rate",
     "Results",
     "Wording",
+    "agreement",
     "ask",
     "chat_prompt",
     "default_wording",

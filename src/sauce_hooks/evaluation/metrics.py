@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 from sauce_hooks.bank import Rate
 from sauce_hooks.evaluation.answers import Answer
-from sauce_hooks.evaluation.probes import Absent, Judge, Lexicon, ProbeSet
+from sauce_hooks.evaluation.probes import Absent, Judge, ProbeSet, WholeWords
 from sauce_hooks.evaluation.statistics import NOTHING, Counts, auroc, bootstrap_mean, harmonic_mean, rate, ratio
 
 __all__ = ["METRICS", "Rate", "Scored", "auroc", "bootstrap_mean", "count", "harmonic", "nearest_sibling", "rate", "score"]
@@ -334,7 +334,7 @@ def count(
         near: the sibling that IRA_near is of; `probes.nearest` by default.
     """
     near = near or probes.nearest.get(erased)
-    piles = Sorted(erased, near, probes, judge or Lexicon(probes.wording), own, others)
+    piles = Sorted(erased, near, probes, judge or WholeWords(probes.wording), own, others)
     counts = {metric: _counted(cases(piles)) for metric, cases in _CASES.items()}
     rates = {m: _auroc(c) if m == "AUROC" else ratio(c, MOST.get(m, 1.0)) for m, c in counts.items()}
     return Scored({metric: rates.get(metric, NOTHING) for metric in METRICS}, counts)

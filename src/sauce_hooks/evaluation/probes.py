@@ -111,6 +111,8 @@ class Wording:
     no: tuple[str, ...] = ("no",)
     mentions: Callable[[str, str], bool] = lambda text, concept: mentions(text, concept)
     """Whether a description names a concept."""
+    closed: bool = False
+    """Whether `mentions` reads all that the model can say, as its vocabulary is closed; if not, a judge reads better."""
     max_new_tokens: int = 48
     """Of a description."""
     answer_tokens: int = 2
@@ -139,11 +141,18 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Lexicon:
+class WholeWords:
     """The judge that nothing else is needed for: `Wording.mentions`."""
 
     wording: Wording
     name: str = "mentions"
+
+    @property
+    def note(self) -> str | None:
+        """How little it agrees with labels made by hand, unless the model's vocabulary is closed."""
+        from sauce_hooks.evaluation.judges.agreement import agreement
+
+        return None if self.wording.closed else agreement(self).warning
 
     def __call__(self, texts: Sequence[str], concept: str) -> list[bool | None]:
         """Whether each text names the concept."""

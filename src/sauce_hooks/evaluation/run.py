@@ -19,9 +19,9 @@ from sauce_hooks.evaluation.eligibility import Eligibility
 from sauce_hooks.evaluation.metrics import Rate, count, harmonic, nearest_sibling
 from sauce_hooks.evaluation.probes import (
     Judge,
-    Lexicon,
     ProbeSet,
     Question,
+    WholeWords,
     Wording,
     other_questions,
     own_questions,
@@ -97,7 +97,7 @@ def evaluate(
         vision_sae = sae
         methods = {"SAUCE": lambda concept: ConceptEraser(model, vision_sae, [concept])}
     every: dict[str, Method] = {ORIGINAL: lambda concept: nullcontext(), **methods}
-    judge = judge or Lexicon(probes.wording)
+    judge = judge or WholeWords(probes.wording)
     store = Store(Path(out), settings_of(model, probes, judge.name)) if out is not None else Store(None, {})
     interview = _Interview(model, probes, processor, batch_size)
     done: dict[tuple[str, str], Finished] = {}
@@ -209,7 +209,7 @@ def _results(
 
 
 def _notes(done: Mapping[tuple[str, str], Finished], judge: Judge) -> list[str]:
-    about_judge = [f"Descriptions were judged by {judge.name}."] if not isinstance(judge, Lexicon) else []
+    about_judge = [f"Descriptions were judged by {judge.name}."] if not isinstance(judge, WholeWords) else []
     note = str(getattr(judge, "note", "") or "")
     return [*about_judge, *([note] if note else []), *(note for found in done.values() for note in found.notes)]
 

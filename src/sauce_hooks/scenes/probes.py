@@ -39,6 +39,7 @@ def wording(phrasing: int = 0, language: Language = "en") -> Wording:
         yes=(YES[language],),
         no=(NO[language],),
         mentions=lambda text, concept: names[concept] in split_words(text),
+        closed=True,
     )
 
 
