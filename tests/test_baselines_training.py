@@ -195,12 +195,13 @@ def test_divergence_is_said(model, processor, data):
         Retrained(model, processor, "GA", lambda c: data, settings("full", lr=1e38)).learn("red")
 
 
-def test_unknown_methods_and_encoder_decoders_are_refused(model, processor):
+def test_unknown_methods_and_encoder_decoders_are_refused(model, processor, data):
     with pytest.raises(ValueError, match="unknown method 'GB'; known: GA"):
         Retrained(model, processor, "GB", lambda c: None, Settings(1e-3))
     with pytest.raises(ValueError, match="encoder-decoder"):
         train(families.build("florence2")[0], "GA", [], [], Settings(1e-3))
-    for sets, missing in (([], [1]), "forget"), (([1], []), "retain"):
+    some = prepare_answers(data.retain, processor)
+    for sets, missing in (([], some), "forget"), ((some, []), "retain"):
         with pytest.raises(ImagesError, match=f"the {missing} set is empty: GD"):
             train(model, "GD", *sets, Settings(1e-3))
 

@@ -7,7 +7,6 @@ python -m sauce_hooks.scenes.rivals --out runs/rivals --sweep          # choose 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -18,12 +17,11 @@ from rich.console import Console
 
 from sauce_hooks.bank import write_text_atomically
 from sauce_hooks.erasure import ConceptEraser
-from sauce_hooks.evaluation import ORIGINAL, Method, Probe, Results, evaluate
+from sauce_hooks.evaluation import Method, Probe, Results, evaluate
 from sauce_hooks.evaluation.baselines import (
     OBJECTIVES,
     ForgetRetain,
     Materials,
-    PromptOnly,
     Retrained,
     Settings,
     Sweep,
@@ -136,21 +134,13 @@ def run(
         found = run_sweep(out, kind=kind, methods=missing)
         rates = {**rates, **{method: one.chosen for method, one in found.items()}}
     given = materials(model, processor, sae, rates=rates, kind=kind, folder=out / "weights")
-    rivals = {
-        "SAUCE": lambda concept: ConceptEraser(model, sae, [concept]),
-        **make_methods(given, methods),
-    }
+
+    def ours(concept: str) -> ConceptEraser:
+        return ConceptEraser(model, sae, [concept])
+
+    rivals: dict[str, Method] = {"SAUCE": ours, **make_methods(given, methods)}
     shown = probes(n, retained=retained, negatives=min(n, 2 * retained))
-    worded = {name: method for name, method in rivals.items() if isinstance(method, PromptOnly)}
-    plain = {name: method for name, method in rivals.items() if name not in worded}
-    results = evaluate(model, sae, shown, concepts, processor=processor, methods=plain)
-    scores = dict(results.scores)
-    for name, method in worded.items():
-        for concept in concepts:
-            asked = replace(shown, wording=method.wording(shown.wording, concept))
-            found = evaluate(model, None, asked, [concept], processor=processor, methods={}, progress=False)
-            scores[name, concept] = found.scores[ORIGINAL, concept]
-    results = replace(results, scores=scores)
+    results = evaluate(model, sae, shown, concepts, processor=processor, methods=rivals, out=out / "answers")
     table = results.to_markdown()
     out.mkdir(parents=True, exist_ok=True)
     write_text_atomically(out / "results.csv", results.to_frame().to_csv(index=False))

@@ -57,11 +57,10 @@ class PromptOnly:
                 raise EditError(f"the prompt {prompt!r} does not end with {tail!r}: nobody knows where its question ends")
             return f"{prompt.removesuffix(tail)} {said}{tail}"
 
-        return replace(
-            wording,
-            yes_no=lambda asked: instructed(wording.yes_no(asked)),
-            describe=lambda: instructed(wording.describe()),
-        )
+        def yes_no(asked: str) -> str:
+            return instructed(wording.yes_no(asked))
+
+        return replace(wording, yes_no=yes_no, describe=lambda: instructed(wording.describe()))
 
 
 def random_features(model: nn.Module, sae: VisionSAE, *, seed: int = 0) -> Method:

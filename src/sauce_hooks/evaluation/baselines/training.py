@@ -256,8 +256,8 @@ class Retrained:
             student.model.eval()
             return student
         retain = data.retain if _objective(self.method).retains else ()
-        batches = (prepare_answers(part, self.processor, settings.batch_size) for part in (forget, retain))
-        student = train(self.model, self.method, *batches, settings, adapter=adapter)
+        forgets, retains = (prepare_answers(part, self.processor, settings.batch_size) for part in (forget, retain))
+        student = train(self.model, self.method, forgets, retains, settings, adapter=adapter)
         if path is not None:
             write_weights(path, student.tensors(), made_with)
         return student

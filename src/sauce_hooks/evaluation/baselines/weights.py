@@ -116,7 +116,9 @@ def make_student(model: nn.Module, *, kind: Kind, parts: Parts, rank: int, adapt
     ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, bias="none")
     student = inject_adapter_in_model(config, student, adapter_name=adapter)
-    modules = {name: module for name, module in student.named_modules() if isinstance(module, BaseTunerLayer)}
+    modules: dict[str, Any] = {
+        name: module for name, module in student.named_modules() if isinstance(module, BaseTunerLayer)
+    }
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     return Student(student, kind, modules, trained)
 
@@ -126,9 +128,9 @@ def fingerprint_of(model: nn.Module) -> str:
     hashed = hashlib.sha256()
     for name, p in sorted(unwrap(model).named_parameters()):
         flat = p.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy() if not p.is_meta else b""
+        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes() if not p.is_meta else b""
         hashed.update(f"{name}{tuple(p.shape)}".encode())
-        hashed.update(bytes(memoryview(some)))
+        hashed.update(some)
     return hashed.hexdigest()
 
 
