@@ -37,8 +37,8 @@ Method = Callable[[str], AbstractContextManager[Any]]
 """Given a concept, something that makes the model forget it for the length of a `with`.
 
 A method may have two more attributes. `wording(wording: Wording, concept: str) -> Wording` asks in other words: a method
-that only adds "don't mention red" to the prompt. `settings`, a dataclass or anything that JSON can hold, is kept with what is
-finished, so that a run is not gone on with after it has changed.
+that only adds "don't mention red" to the prompt. `settings`, a dataclass or anything that JSON can hold, is kept with what
+is finished, so that a run is not gone on with after it has changed.
 """
 
 _EXAMPLES = 3
