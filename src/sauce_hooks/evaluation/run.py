@@ -6,7 +6,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ Method = Callable[[str], AbstractContextManager[Any]]
 """Given a concept, something that makes the model forget it for the length of a `with`.
 
 A method may have two more attributes. `wording(wording: Wording, concept: str) -> Wording` asks in other words: a method
-that only adds "don't mention red" to the prompt. `settings`, anything that JSON can hold, is kept with what is finished, so
-that a run is not gone on with after it has changed.
+that only adds "don't mention red" to the prompt. `settings`, a dataclass or anything that JSON can hold, is kept with what
+is finished, so that a run is not gone on with after it has changed.
 """
 
 _EXAMPLES = 3
@@ -110,7 +110,7 @@ def evaluate(
         for concept in concepts:
             interview.about(concept)
             for name, method in every.items():
-                settings = getattr(method, "settings", None)
+                settings = _settings(method)
                 found = store.load(name, concept, settings)
                 if found is None:
                     try:
@@ -206,6 +206,11 @@ def _results(
         low, high = results.interval(method, concept, "H")
         rates["H"] = replace(rates["H"], low=low, high=high)
     return results
+
+
+def _settings(method: Method) -> Any:
+    settings = getattr(method, "settings", None)
+    return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
 
 
 def _notes(done: Mapping[tuple[str, str], Finished], judge: Judge) -> list[str]:
