@@ -90,3 +90,7 @@ class EraserStateError(SauceHooksError, RuntimeError):
 
 class ModelBelowGateError(SauceHooksError, RuntimeError):
     """The original model does not know enough for its forgetting to mean anything."""
+
+
+class AttackError(SauceHooksError, ValueError):
+    """An attack that can't be carried out: nothing to ask with, images it cannot change, weights it cannot reach."""

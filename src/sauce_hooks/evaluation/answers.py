@@ -76,7 +76,7 @@ def prepare(questions: Sequence[Question], wording: Wording, processor: Any, bat
     return batches
 
 
-def _first_tokens(words: Sequence[str], tokenizer: Any) -> list[int]:
+def first_tokens(words: Sequence[str], tokenizer: Any) -> list[int]:
     """The tokens an answer of one of these words can begin with, in any of its usual spellings."""
     spellings = [form for word in words for w in (word, word.capitalize()) for form in (w, f" {w}")]
     ids = (tokenizer(text, add_special_tokens=False).input_ids for text in spellings)
@@ -88,7 +88,7 @@ def ask(model: nn.Module, batches: Sequence[Batch], wording: Wording, processor:
     """Every question's answer, greedily decoded, in the order of the batches."""
     parameter = next(model.parameters())
     tokenizer = processor.tokenizer
-    yes, no = (_first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
+    yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
     generator: Any = model
     for batch in batches:
         inputs = {
