@@ -28,7 +28,7 @@ from sauce_hooks.evaluation.attacks import (
 from sauce_hooks.scenes.bundled import load
 from sauce_hooks.scenes.language import DESCRIBE, YES_NO, caption
 from sauce_hooks.scenes.probes import probes, wording
-from sauce_hooks.scenes.world import Scene, sample
+from sauce_hooks.scenes.world import CONCEPTS, Scene, sample
 
 EIGHT = ("tiger", "car", "tennis", "golf", "red", "blue", "happy", "wood")
 """Concepts of all five domains."""
@@ -67,6 +67,10 @@ TRAINING_SEED = 3_000
 """The first stream of training scenes for these; no other part of the world draws from it."""
 
 
+TEST_SEED = 40_000
+"""The first stream of test scenes that is reported on."""
+
+
 def paraphrased() -> dict[str, Wording]:
     """Ten phrasings of both questions."""
     return {question: _asked(question, describe) for question, describe in PARAPHRASES}
@@ -81,10 +85,30 @@ def instructed(concept: str) -> dict[str, Wording]:
 
 
 def _asked(question: str, describe: str) -> Wording:
+    def yes_no(concept: str) -> str:
+        return f"user: <image> {question.format(concept)} assistant:"
+
     return replace(
         wording(),
-        yes_no=lambda concept: f"user: <image> {question.format(concept)} assistant:",
+        yes_no=yes_no,
         describe=lambda: f"user: <image> {describe} assistant:",
+    )
+
+
+def tested(concepts: Sequence[str], n: int) -> ProbeSet:
+    """Test scenes with and without each of some concepts, and two of every concept for what is retained.
+
+    `probes` would draw as many for every concept of the world.
+    """
+
+    def drawn(scenes: Sequence[Scene]) -> list[Probe]:
+        return [Probe(scene.image, scene.concepts) for scene in scenes]
+
+    seeds = {concept: TEST_SEED + 2 * i for i, concept in enumerate(CONCEPTS)}
+    return replace(
+        probes(0, retained=2),
+        positives={c: drawn(sample(n, seed=seeds[c], contains=c, split="test")) for c in concepts},
+        negatives={c: drawn(sample(n, seed=seeds[c] + 1, lacks=c, split="test")) for c in concepts},
     )
 
 
@@ -94,15 +118,12 @@ class Training:
     def __init__(self, concepts: Sequence[str], n: int = N_TRAINING) -> None:
         self._captions: dict[int, str] = {}
         base = probes(0, retained=0)
-        self.probes = ProbeSet(
-            domains=base.domains,
-            positives={c: self._probes(sample(n, seed=TRAINING_SEED + 2 * i, contains=c, split="train"))
-                       for i, c in enumerate(concepts)},
-            retained=base.retained,
-            negatives={c: self._probes(sample(n, seed=TRAINING_SEED + 2 * i + 1, lacks=c, split="train"))
-                       for i, c in enumerate(concepts)},
-            wording=base.wording,
-        )  # fmt: skip
+        seeds = {concept: TRAINING_SEED + 2 * i for i, concept in enumerate(CONCEPTS)}
+        self.probes = replace(
+            base,
+            positives={c: self._probes(sample(n, seed=seeds[c], contains=c, split="train")) for c in concepts},
+            negatives={c: self._probes(sample(n, seed=seeds[c] + 1, lacks=c, split="train")) for c in concepts},
+        )
 
     def _probes(self, scenes: Sequence[Scene]) -> list[Probe]:
         found = [Probe(scene.image, scene.concepts) for scene in scenes]
@@ -159,7 +180,7 @@ def run(
     out_dir.mkdir(parents=True, exist_ok=True)
     attacked = run_attacks(
         model,
-        probes(n, retained=2),
+        tested(concepts, n),
         concepts,
         processor=processor,
         methods=methods or {"ours": lambda concept: ConceptEraser(model, sae, [concept])},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from sauce_hooks.hookpoint import BEHIND, HookPoint, as_tokens, evaluating, find
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """L2 penalties that are tried; the best on a fifth of the training images is taken."""
+Score = Callable[[Float[Tensor, "m d"]], Float[Tensor, " m"]]
+"""Of rows, how surely they hold the concept: above 0 for yes."""
 FEWEST = 5
 """Training and test images that another concept must be in, and absent from, to have a probe."""
 
@@ -128,7 +130,7 @@ def _fit(x_nd: Float[Tensor, "n d"], y_n: Bool[Tensor, " n"], x_md: Float[Tensor
     return logistic(x_nd, y_n, min(PENALTIES, key=loss))(x_md)
 
 
-def logistic(x_nd: Float[Tensor, "n d"], y_n: Bool[Tensor, " n"], penalty: float) -> Any:
+def logistic(x_nd: Float[Tensor, "n d"], y_n: Bool[Tensor, " n"], penalty: float) -> Score:
     """Logistic regression, classes balanced: min mean cross-entropy + penalty/2 ‖w‖², by L-BFGS; gives the score of rows."""
     w_d, b = torch.zeros(x_nd.shape[1], requires_grad=True), torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([w_d, b], max_iter=100, line_search_fn="strong_wolfe")
@@ -142,7 +144,11 @@ def logistic(x_nd: Float[Tensor, "n d"], y_n: Bool[Tensor, " n"], penalty: float
 
     optimizer.step(closure)  # pyright: ignore[reportArgumentType] - it takes a closure that gives a tensor
     fitted_d, offset = w_d.detach(), b.detach()
-    return lambda rows: rows @ fitted_d + offset
+
+    def score(x_md: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
+        return x_md @ fitted_d + offset
+
+    return score
 
 
 def _cross_entropy(scores_n: Float[Tensor, " n"], y_n: Bool[Tensor, " n"]) -> Float[Tensor, ""]:

@@ -44,7 +44,7 @@ class Quantisation:
 
 
 @contextmanager
-def quantised(model: nn.Module, bits: Bits, *, tower: bool = True) -> Generator[None]:
+def quantised(model: nn.Module, bits: int, *, tower: bool = True) -> Generator[None]:
     """Round a model's linear layers for the length of a `with`; afterwards it has its own parameters, the very same, again.
 
     Symmetric weight-only quantisation by torchao's `quantize_`: 8 bits with a scale a row, 4 bits with a scale for
@@ -66,8 +66,11 @@ def quantised(model: nn.Module, bits: Bits, *, tower: bool = True) -> Generator[
     if bits not in (4, 8):
         raise AttackError(f"{bits} bits: weights are rounded to 8 or 4")
     try:
-        from torchao.quantization import IntxWeightOnlyConfig, quantize_
-        from torchao.quantization.granularity import PerAxis, PerGroup
+        from torchao.quantization import (  # pyright: ignore[reportMissingImports] - an optional extra
+            IntxWeightOnlyConfig,
+            quantize_,
+        )
+        from torchao.quantization.granularity import PerAxis, PerGroup  # pyright: ignore[reportMissingImports]
     except ImportError as problem:
         raise ImportError("quantising takes torchao: pip install 'sauce-hooks[attacks]'") from problem
 
