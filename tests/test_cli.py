@@ -1,6 +1,7 @@
 """The command line, as a user meets it: what it prints, where, and with which exit code."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from typer.testing import CliRunner
 
 from sauce_hooks import scenes
 from sauce_hooks.cli import app
-from sauce_hooks.sae import PRESETS
+from sauce_hooks.sae import PRESETS, VisionSAE
 
 runner = CliRunner()
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
@@ -73,3 +74,54 @@ def test_the_first_program_of_the_readme_runs_as_printed(capsys):
 def test_the_help_of_train_sae_names_every_preset():
     help_text = runner.invoke(app, ["train-sae", "--help"], terminal_width=200).output
     assert [name for name in PRESETS if name not in help_text] == []
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Folders of scenes, and the bundled SAE in a folder of the user's own."""
+    home = tmp_path_factory.mktemp("home")
+    kinds = {"tiger": {"contains": "tiger"}, "cat": {"contains": "cat", "lacks": "tiger"}, "other": {"lacks": "tiger"}}
+    for seed, (name, kind) in enumerate(kinds.items()):
+        (home / name).mkdir()
+        for i, scene in enumerate(scenes.sample(12, seed=seed, split="train", **kind)):
+            scene.image.save(home / name / f"{i}.png")
+    shutil.copytree(scenes.asset("sae"), home / "sae")
+    return home
+
+
+def learn(photos, *more):
+    folders = [str(photos / name) for name in ("sae", "tiger", "other")]
+    return runner.invoke(app, ["learn", "bundled", folders[0], "my tiger", *folders[1:], *more])
+
+
+def test_learn_remembers_a_concept_in_the_saes_folder(photos):
+    result = learn(photos, "--k", "3", "--gamma", "-1")
+    assert result.exit_code == 0, result.output
+    found = VisionSAE.load(photos / "sae").concepts["my tiger"]
+    assert len(found.features) == 3 and found.gamma == -1
+    assert f"my tiger: 3 features, best {found.features[0]} " in result.output
+
+
+@pytest.mark.slow
+def test_learn_tunes_against_siblings(photos):
+    folders = [str(photos / name) for name in ("sae", "tiger", "other")]
+    tuned = ["learn", "bundled", folders[0], "tiger", *folders[1:], "--tune", "--sibling", f"cat={photos / 'cat'}"]
+    result = runner.invoke(app, tuned)
+    assert result.exit_code == 0, result.output
+    found = VisionSAE.load(photos / "sae").concepts["tiger"]
+    assert found.effect is not None and found.effect.figures["UA_d"].value >= 0.9
+    assert "12 images of tiger, 12 of cat" in result.output and "UA_d" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tune", "--k", "3"], "leave out --k"),
+        (["--sibling", "cat"], "NAME=IMAGES"),
+        (["--sibling", "cat=nowhere"], "NAME=IMAGES"),
+    ],
+)
+def test_learn_says_what_is_wrong_before_it_loads_anything(photos, options, message):
+    result = learn(photos, *options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())

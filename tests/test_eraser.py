@@ -540,3 +540,11 @@ def test_a_given_bank_goes_before_the_saes_own(model, sae):
     bank = ConceptBank([Concept("red", (9,))])
     assert ConceptEraser(model, sae, ["red"], bank=bank).features == (9,)
     assert ConceptEraser(model, sae, ["tiger"], bank=bank).features == (3, 4, 5)
+
+
+def test_a_given_bank_of_another_sae_is_refused(model, sae):
+    other = VisionSAE(make_sae(seed=1), sae.hook_point, sae.tokens)
+    other.concepts.add(Concept("green", (8,)), sae=other.record())
+    for ours in (sae, sae.sae):
+        with pytest.raises(SAEMismatchError, match="another SAE"):
+            ConceptEraser(model, ours, ["green"], hook_point=sae.hook_point, bank=other.concepts)

@@ -30,7 +30,7 @@ from sauce_hooks.evaluation import (
     prepare,
 )
 from sauce_hooks.evaluation.answers import read_description, read_yes_no
-from sauce_hooks.evaluation.metrics import auroc, bootstrap_mean, rate, score
+from sauce_hooks.evaluation.metrics import SHOWN, auroc, bootstrap_mean, rate, score
 from tiny import D_SAE, build_llava, make_vision_sae, model_inputs, pictures, snapshot
 
 # Reading answers. ----------------------------------------------------------------------------------------------------
@@ -167,7 +167,8 @@ def test_every_metric_by_hand():
     ]
     found = score("tiger", own, others, ProbeSet(DOMAINS, {}, {}, {}, ENGLISH))
     assert set(found) == set(METRICS)
-    assert {name: (r.value, r.n) for name, r in found.items()} == {
+    more = {"H", "IRA_near", "known", "refusal"} | {m for m in METRICS if m.startswith(("POPE", "MME", "CHAIR"))}
+    assert {name: (r.value, r.n) for name, r in found.items() if name not in more} == {
         "UA_d": (pytest.approx(2 / 3), 3),  # no, yes, refused
         "UA_g": (pytest.approx(2 / 3), 3),  # the second still names it
         "IRA": (1.0, 1),  # the cat
@@ -239,7 +240,7 @@ def test_html_is_escaped(results):
 def test_markdown_has_one_line_a_method_and_as_many_cells_in_each(results):
     lines = results.to_markdown().splitlines()
     assert len(lines) == 2 + 2
-    assert {line.count("|") for line in lines} == {len(METRICS) + 3}
+    assert {line.count("|") for line in lines} == {len(SHOWN) + 3}
 
 
 # Asking. -------------------------------------------------------------------------------------------------------------

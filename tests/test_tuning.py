@@ -320,7 +320,7 @@ def test_from_folders_of_photos_to_a_tuned_concept_in_one_call(bundled, tmp_path
     try:
         with pytest.warns(UserWarning, match="tuned on 8 images"):
             concept = tune_concept(
-                model, sae, "red", tmp_path / "red", tmp_path / "other", processor=processor, scorer="cohens_d",
+                model, sae, "red", tmp_path / "red", tmp_path / "other", processor=processor, scorers=["cohens_d"],
                 siblings={"orange": tmp_path / "orange"}, wording=scenes.wording(),
                 tuning={"ks": (1, 2), "gammas": (0.0, -1.0)}, target=wanted,
             )  # fmt: skip
@@ -354,7 +354,7 @@ def test_no_image_is_measured_with_features_that_it_has_helped_to_choose(bundled
         return ask(model, batches, *rest)
 
     monkeypatch.setattr(measure_module, "ask", asking)
-    tuning, options = {"ks": (3,), "gammas": (-1.0,)}, {"processor": processor, "scorer": "difference"}
+    tuning, options = {"ks": (3,), "gammas": (-1.0,)}, {"processor": processor, "scorers": ["difference"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned = tune_concept(model, sae, "red", reds, others, wording=scenes.wording(), tuning=tuning, **options)
@@ -369,7 +369,7 @@ def test_no_image_is_measured_with_features_that_it_has_helped_to_choose(bundled
             for of in (set_statistics, token_moments)
         )
         sets = Sets(*read, {}, {"red": tuple(moments)})
-        return [way.features for way in ways(sae, "red", sets, k=3, scorer="difference")]
+        return [way.features for way in ways(sae, "red", sets, k=3, scorers=["difference"])]
 
     assert list(zip(erased[:4], erased[4:], strict=True)) == [tuple(seen(reds[:i] + reds[i + 1 :])) for i in range(4)]
     assert tuned.features in seen(reds)

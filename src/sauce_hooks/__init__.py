@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from sauce_hooks.concepts import overlap as overlap
     from sauce_hooks.erasure import ConceptEraser as ConceptEraser
     from sauce_hooks.erasure import Erasers as Erasers
+    from sauce_hooks.evaluation import Eligibility as Eligibility
+    from sauce_hooks.evaluation import LabelledImages as LabelledImages
     from sauce_hooks.evaluation import Results as Results
     from sauce_hooks.evaluation import describe_sae as describe_sae
     from sauce_hooks.evaluation import evaluate as evaluate
@@ -52,8 +54,10 @@ _HOMES = {
     "Concept": "sauce_hooks.bank",
     "ConceptBank": "sauce_hooks.bank",
     "ConceptEraser": "sauce_hooks.erasure",
+    "Eligibility": "sauce_hooks.evaluation",
     "Erasers": "sauce_hooks.erasure",
     "HookPoint": "sauce_hooks.hookpoint",
+    "LabelledImages": "sauce_hooks.evaluation",
     "Projection": "sauce_hooks.bank",
     "Results": "sauce_hooks.evaluation",
     "Subspace": "sauce_hooks.bank",
@@ -86,7 +90,7 @@ __all__ = [  # noqa: RUF022 - in the order of the flow
     "learn_concepts", "labelled_statistics", "learn_concept_from_word", "label_features", "learn_projection", "keep_apart",
     "tune_concept", "Tuning", "Target",
     "Concept", "ConceptBank", "Subspace", "Projection", "overlap", "difference", "ConceptEraser", "Erasers", "evaluate",
-    "describe_sae", "loss_added", "Results", "scenes", "errors",
+    "LabelledImages", "Eligibility", "describe_sae", "loss_added", "Results", "scenes", "errors",
 ]  # fmt: skip
 
 

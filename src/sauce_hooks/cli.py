@@ -204,23 +204,47 @@ def learn(
     negatives: Annotated[Path, typer.Argument(metavar="NEGATIVES", exists=True, help="Images that do not.")],
     k: Annotated[int | None, typer.Option(min=1, help="How many features at the most.")] = None,
     gamma: Annotated[float | None, typer.Option(help="The factor the concept's features get when it is erased.")] = None,
+    sibling: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=IMAGES", help="Images of another concept of its domain, to be kept; repeat for several."),
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Ask the model, and find how many features, how strongly, and where to write.")
+    ] = False,
 ) -> None:
     """Learn a concept from images with it and images without it; the SAE's folder remembers it.
 
-    Example: `sauce-hooks learn llava-hf/llava-1.5-7b-hf llava-sae tiger photos/tiger photos/other`
+    Example: `sauce-hooks learn ./llava llava-sae tiger photos/tiger photos/other --sibling cat=photos/cat --tune`
     """
     from sauce_hooks.concepts import learn_concept
-    from sauce_hooks.concepts.learn import DEFAULT_K
+    from sauce_hooks.evaluation import tune_concept
     from sauce_hooks.sae import VisionSAE
+    from sauce_hooks.scenes.probes import wording
 
+    if tune and (k is not None or gamma is not None):
+        raise typer.BadParameter("--tune finds the number of features and gamma: leave out --k and --gamma")
+    siblings = dict(map(_sibling, sibling or ()))
     vision_sae = VisionSAE.load(sae)
     network, processor = _load(model)
-    concept = learn_concept(
-        network, vision_sae, name, positives, negatives, processor=processor, k=k or DEFAULT_K, gamma=gamma
-    )
+    options: dict[str, Any] = {"processor": processor, "siblings": siblings or None}
+    if tune:
+        words = wording() if model == "bundled" else None
+        concept = tune_concept(network, vision_sae, name, positives, negatives, wording=words, **options)
+    else:
+        concept = learn_concept(network, vision_sae, name, positives, negatives, k=k, gamma=gamma, **options)
     vision_sae.save(sae)
     best = ", ".join(f"{f} ({s:.3g})" for f, s in list(zip(concept.features, concept.scores, strict=True))[:5])
     typer.echo(f"{name}: {len(concept.features)} features, best {best}")
+    if concept.effect is not None:
+        found = ", ".join(f"{metric} {100 * rate.value:.0f}%" for metric, rate in concept.effect.figures.items())
+        typer.echo(f"gamma {concept.gamma:g}, written {concept.provenance['written']}: {found} ({concept.effect.images})")
+
+
+def _sibling(given: str) -> tuple[str, Path]:
+    name, found, images = given.partition("=")
+    if not (name and found and Path(images).exists()):
+        raise typer.BadParameter(f"{given!r} is not NAME=IMAGES with images that exist", param_hint="--sibling")
+    return name, Path(images)
 
 
 @app.command()

@@ -94,3 +94,31 @@ class ModelBelowGateError(SauceHooksError, RuntimeError):
 
 class AttackError(SauceHooksError, ValueError):
     """An attack that can't be carried out: nothing to ask with, images it cannot change, weights it cannot reach."""
+
+
+class ProbeError(SauceHooksError, ValueError):
+    """A set of probes, or its labels, that cannot answer what is asked of it; says what is missing."""
+
+
+class EvaluationError(SauceHooksError, RuntimeError):
+    """An evaluation of which nothing is left: every erasure failed."""
+
+
+class EvaluationWarning(UserWarning):
+    """An evaluation that is not whole: some erasures failed and are left out; names them."""
+
+
+class JudgeError(SauceHooksError, RuntimeError):
+    """A judge that can't judge: an endpoint that isn't there or refuses, a model without an entailment label."""
+
+
+class JudgeBudgetError(JudgeError):
+    """A judge has spent what it may; says what it spent, and where the verdicts are that it has."""
+
+
+class JudgeFileError(SauceHooksError, ValueError):
+    """A file or mapping for a judge that can't be used: words, labels, a cache; says what is wrong in it."""
+
+
+class UnjudgedAnswersWarning(UserWarning):
+    """A judge can't tell for some descriptions; counts them and says why. They count as mentions."""

@@ -166,7 +166,7 @@ def contrast(
         gates=tuple((positives + negatives).mean_f[chosen].tolist()),
         subspace=subspace,
         provenance={
-            "scorer": scorer if isinstance(scorer, str) else getattr(scorer, "__name__", repr(scorer)),
+            "scorer": scorer_name(scorer),
             "k": k,
             "positives": positives.n,
             "negatives": negatives.n,
@@ -174,6 +174,11 @@ def contrast(
             **(of_siblings if siblings else {}),
         },
     )
+
+
+def scorer_name(scorer: str | Scorer) -> str:
+    """What a score is called where it is reported."""
+    return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", repr(scorer))
 
 
 def _scorer(scorer: str | Scorer) -> Scorer:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from sauce_hooks.bank import Concept, Subspace
-from sauce_hooks.concepts.learn import contrast
+from sauce_hooks.concepts.learn import contrast, scorer_name
 from sauce_hooks.concepts.projections import TokenMoments
 from sauce_hooks.concepts.readout import keep_apart, read_out_score
 from sauce_hooks.concepts.scores import Scorer
@@ -28,7 +28,13 @@ class Sets(NamedTuple):
 
 
 def ways(
-    sae: VisionSAE, name: str, sets: Sets, *, k: int, scorer: str | Scorer = "sauce", others: Iterable[Subspace] = ()
+    sae: VisionSAE,
+    name: str,
+    sets: Sets,
+    *,
+    k: int,
+    scorers: Sequence[str | Scorer] = ("sauce",),
+    others: Iterable[Subspace] = (),
 ) -> list[Concept]:
     """A concept for every way; each says in `provenance["written"]` where its edit writes.
 
@@ -41,7 +47,7 @@ def ways(
         name: the concept.
         sets: what is known of its images, and of others.
         k: features at the most.
-        scorer: for the features that are written anywhere.
+        scorers: for the features that are written anywhere; each is a way of its own.
         others: subspaces of further concepts to be kept apart from, such as those in a bank.
 
     Raises:
@@ -60,7 +66,9 @@ def ways(
         except ContrastError as why:
             problem = problem or why
 
-    try_it("anywhere", scorer, sets.siblings, None)
+    for scorer in scorers:
+        by = "" if len(scorers) == 1 else f", by {scorer_name(scorer)}"
+        try_it(f"anywhere{by}", scorer, sets.siblings, None)
     for written, towards in (("apart, as it is without", None), ("apart, as a sibling", siblings)):
         if towards is None or towards:
             subspace = keep_apart(sets.moments, others, towards={name: towards or ()})[name]

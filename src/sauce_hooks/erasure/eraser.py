@@ -109,6 +109,8 @@ class ConceptEraser:
         self.hook_point = sae.locate(model, allow_mismatch=allow_mismatch)
         self.scope: Scope = scope
         self.allow_bypass = allow_bypass
+        if bank is not None and bank.sae is not None:
+            bank.require(sae.record())
         self._bank = sae.concepts if bank is None else sae.concepts | bank
         self._gamma, self._preserve_error, self._kind = gamma, preserve_error, edit
         self.concepts = self._resolve([concepts] if isinstance(concepts, str) else concepts)

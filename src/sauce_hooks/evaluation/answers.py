@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,15 @@ from torch import Tensor, nn
 from sauce_hooks.evaluation.probes import Question, Wording
 
 Status = Literal["yes", "no", "refusal", "invalid", "text"]
-_REFUSAL = re.compile(r"\b(?:i'?m sorry|i am sorry|sorry|i can(?:no|')t|unable to|as an ai)\b", re.IGNORECASE)
+_REFUSAL = re.compile(
+    r"\b(?:i'?m sorry|i am sorry|sorry|i can(?:no|')t|unable to|as an ai)\b"
+    r"|抱歉|对不起|无法(?:回答|提供|描述|判断)",
+    re.IGNORECASE,
+)
+_UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
+"""A sign of a script that puts no space between words."""
+KEPT_BYTES = 2**30
+"""Model inputs that a list of batches keeps, so that the next method needs not have them made again."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +41,28 @@ class Answer:
         """Whether a yes/no answer is the true one; refusals and invalid answers never are."""
         return self.status == ("yes" if self.question.truth else "no")
 
+    @property
+    def affirmed(self) -> bool:
+        """Whether the answer is yes."""
+        return self.status == "yes"
+
 
 def read_yes_no(text: str, wording: Wording) -> Status:
-    """The status of an answer to a yes/no question: its first word decides."""
+    """The status of an answer to a yes/no question: its first word decides.
+
+    Chinese and Japanese put no space between words. There the longest of the words that the answer begins with decides.
+    """
     if _REFUSAL.search(text):
         return "refusal"
-    word = re.match(r"\W*(\w+)", text.lower())
-    if word and word[1] in wording.yes:
-        return "yes"
-    return "no" if word and word[1] in wording.no else "invalid"
+    found = re.match(r"\W*(\w+)", text.lower())
+    word = found[1] if found else ""
+    begun = [
+        (len(option), status)
+        for status, options in (("yes", wording.yes), ("no", wording.no))
+        for option in options
+        if word == option or (_UNSPACED.match(option) and word.startswith(option))
+    ]
+    return max(begun)[1] if begun else "invalid"  # pyright: ignore[reportReturnType]
 
 
 def read_description(text: str) -> Status:
@@ -52,27 +74,70 @@ def read_description(text: str) -> Status:
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions of one kind, processed once and asked as often as one likes."""
+    """Questions of one kind, asked together, as often as one likes."""
 
     questions: tuple[Question, ...]
-    inputs: dict[str, Tensor]
+    make: Callable[[], dict[str, Tensor]]
+    """Opens the images and processes the questions."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the model takes. Made when it is asked for: thousands of images do not fit into memory."""
+        return self.make()
 
 
-def prepare(questions: Sequence[Question], wording: Wording, processor: Any, batch_size: int) -> list[Batch]:
-    """Questions as batches of model inputs, yes/no questions and descriptions apart."""
+class _Kept:
+    """Model inputs that are made once, as long as there is room for them; after that, every time."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+
+    def __call__(self, make: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        kept: dict[str, Tensor] | None = None
+
+        def inputs() -> dict[str, Tensor]:
+            nonlocal kept
+            if kept is not None:
+                return kept
+            made = make()
+            size = sum(tensor.nbytes for tensor in made.values())
+            if size <= self._room:
+                self._room -= size
+                kept = made
+            return made
+
+        return inputs
+
+
+def prepare(
+    questions: Sequence[Question], wording: Wording, processor: Any, batch_size: int, *, keep_bytes: int = KEPT_BYTES
+) -> list[Batch]:
+    """Questions as batches of model inputs, yes/no questions and descriptions apart.
+
+    Images are opened and processed when a batch is asked, and the inputs kept for the next time up to `keep_bytes` in all.
+    """
+    kept = _Kept(keep_bytes)
+
+    def processed(part: Sequence[Question]) -> dict[str, Tensor]:
+        images: dict[int, Any] = {}  # an image that several questions are about is opened once
+        for question in part:
+            if id(question.probe) not in images:
+                images[id(question.probe)] = question.probe.image
+        inputs = processor(
+            images=[images[id(question.probe)] for question in part],
+            text=[wording.prompt(question) for question in part],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+        return dict(inputs)
+
     batches: list[Batch] = []
     for kind in ("yes_no", "describe"):
         chosen = [question for question in questions if question.kind == kind]
         for i in range(0, len(chosen), batch_size):
             part = tuple(chosen[i : i + batch_size])
-            inputs = processor(
-                images=[question.probe.image for question in part],
-                text=[wording.prompt(question) for question in part],
-                return_tensors="pt",
-                padding=True,
-                padding_side="left",
-            )
-            batches.append(Batch(part, dict(inputs)))
+            batches.append(Batch(part, kept(partial(processed, part))))
     return batches
 
 
@@ -90,21 +155,23 @@ def ask(model: nn.Module, batches: Sequence[Batch], wording: Wording, processor:
     tokenizer = processor.tokenizer
     yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
     generator: Any = model
+    both = set(yes) & set(no)  # a byte that a yes and a no begin with says nothing
+    yes, no = ([token for token in tokens if token not in both] for tokens in (yes, no))
     for batch in batches:
+        given = batch.inputs
         inputs = {
-            name: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
-            for name, t in batch.inputs.items()
+            name: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None) for name, t in given.items()
         }
         describing = batch.questions[0].kind == "describe"
         output = generator.generate(
             **inputs,
             do_sample=False,
-            max_new_tokens=wording.max_new_tokens if describing else 2,
+            max_new_tokens=wording.max_new_tokens if describing else wording.answer_tokens,
             return_dict_in_generate=True,
             output_logits=not describing,
         )
         texts = tokenizer.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        if describing:
+        if describing or not yes or not no:
             margins = [float("nan")] * len(texts)
         else:
             first = output.logits[0].float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from sauce_hooks.activations import iter_inputs
 from sauce_hooks.activations.images import to_device
-from sauce_hooks.bank import Rate
 from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.erasure.bake import Erasure, shared_copy
 from sauce_hooks.erasure.edit_data import take_apart
@@ -261,8 +260,9 @@ def _evaluated(eraser: ConceptEraser, student: PeftModel, probes: ProbeSet, proc
     with evaluating(student):
         taught = evaluate(eraser.model, eraser.sae, probes, concepts, methods={"eraser": lambda concept: eraser}, **options)
         learnt = evaluate(unwrap(student), None, probes, concepts, methods={}, **options)
-    scores: dict[tuple[str, str], Mapping[str, Rate]] = {
-        **taught.scores,
-        **{("distilled", concept): learnt.scores[ORIGINAL, concept] for concept in concepts},
-    }
-    return Results(scores, probes.domains, taught.examples)
+    renamed = {("distilled", concept): (ORIGINAL, concept) for concept in concepts}
+    return replace(
+        taught,
+        scores={**taught.scores, **{key: learnt.scores[was] for key, was in renamed.items()}},
+        counts={**taught.counts, **{key: learnt.counts[was] for key, was in renamed.items()}},
+    )

@@ -36,8 +36,7 @@ from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.errors import ContrastError, ImagesError
 from sauce_hooks.evaluation.answers import Answer, Batch, ask, prepare
 from sauce_hooks.evaluation.metrics import score
-from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording
-from sauce_hooks.evaluation.run import other_questions, own_questions
+from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question, Wording, other_questions, own_questions
 from sauce_hooks.hookpoint import evaluating
 from sauce_hooks.sae import VisionSAE
 from sauce_hooks.sae.provenance import provenance_of
@@ -174,7 +173,8 @@ def _unlabelled(name: str, positives: Any, siblings: Mapping[str, Any], wording:
     """Images of which only that is known what they were given for."""
 
     def shown(images: Any, concept: str) -> list[Probe]:
-        return [Probe(picture, frozenset((concept,))) for picture in iter_images(images)]
+        known = frozenset((name, concept))  # siblings are given as not showing this concept
+        return [Probe(picture, frozenset((concept,)), known) for picture in iter_images(images)]
 
     return ProbeSet(
         domains={"": (name, *siblings)},
@@ -210,7 +210,7 @@ def tune_concept(
     target: Target | Sequence[Target] = FORGOTTEN,
     wording: Wording | None = None,
     tuning: Mapping[str, Any] = MappingProxyType({}),
-    scorer: str | Scorer = "sauce",
+    scorers: Sequence[str | Scorer] = ("sauce", "cohens_d"),
     pool: Pool = "mean",
     batch_size: int = 64,
 ) -> Concept:
@@ -224,8 +224,8 @@ def tune_concept(
     cross-validation: every setting is measured on each quarter of the images with the features that the other three quarters
     give. The concept's own features then come from all images.
 
-    All `ways` to see the concept are tried: its features written anywhere, or apart from the siblings and from whatever the
-    bank keeps apart already.
+    All `ways` to see the concept are tried: its features by each of `scorers` written anywhere, or apart from the siblings
+    and from whatever the bank keeps apart already.
 
     Args:
         model: the vision-language model.
@@ -239,7 +239,7 @@ def tune_concept(
         wording: how the model is asked; `default_wording` by default.
         tuning: what to try, as `Tuning` takes it: ks, gammas, edits, whole.
         batch_size: images, or questions, at once.
-        scorer: as in `learn_concept`, like `pool`.
+        scorers: for features that are written anywhere: each is tried. Names or functions, as in `learn_concept`.
         pool: how an image's tokens become one activation a feature.
 
     Raises:
@@ -276,7 +276,7 @@ def tune_concept(
             {sibling: of[sibling].statistics for sibling in siblings or {}},
             {shown: (images.moments, without.moments) for shown, images in of.items()},
         )
-        return ways(sae, name, sets, k=max(settings.get("ks", DEFAULT_KS)), scorer=scorer, others=known)
+        return ways(sae, name, sets, k=max(settings.get("ks", DEFAULT_KS)), scorers=scorers, others=known)
 
     rankings = [{way.provenance["written"]: way for way in seen(i)} for i in range(n_folds)]
 

@@ -13,7 +13,17 @@ from sauce_hooks.evaluation.results import RELATIVE
 
 Aim = Literal["high", "low", "chance"]
 
-AIMS: Mapping[str, Aim] = MappingProxyType({"AUROC": "chance", "invalid": "low"})
+AIMS: Mapping[str, Aim] = MappingProxyType(
+    {
+        "AUROC": "chance",
+        "known": "chance",
+        "POPE_yes": "chance",
+        "CHAIR_i": "low",
+        "CHAIR_s": "low",
+        "refusal": "low",
+        "invalid": "low",
+    }
+)
 """What a metric should be after an erasure, where that is not "high"."""
 FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

@@ -27,7 +27,7 @@ from sauce_hooks.evaluation.measure import measure_probes
 from sauce_hooks.evaluation.metrics import bootstrap_mean
 from sauce_hooks.sae import VisionSAE
 from sauce_hooks.scenes.bundled import load
-from sauce_hooks.scenes.learning import GAMMAS, Moments, contrast_moments, contrast_statistics, sibling_statistics
+from sauce_hooks.scenes.learning import Moments, contrast_moments, contrast_statistics, sibling_statistics
 from sauce_hooks.scenes.probes import probes
 from sauce_hooks.scenes.world import CONCEPTS, DOMAINS, domain_of
 
@@ -35,7 +35,9 @@ K = 4
 """Features a concept: in the middle of what tuning takes. The scores differ in which they are."""
 LOST = 0.03
 """Share of the same-image retained accuracy that an edit may cost on validation scenes."""
-N_VALIDATION, N_TEST = 20, 30
+GAMMAS = (0.0, -0.5, -1.5)
+"""From mild to strong."""
+N_VALIDATION, N_TEST = 16, 16
 """Scenes of the concept that γ is chosen on, and that are reported on."""
 TARGET = Target("SRA", at_most_lost=LOST)
 METRICS = ("UA_d", "UA_g", "SRA")
@@ -139,8 +141,16 @@ def _strongest(candidate: Concept, measure: Measure) -> Concept:
 
 
 def _remembered(measure: Measure) -> Measure:
-    """Scores often agree on the features: each setting is measured once."""
-    return replace(measure, of=cache(measure.of))
+    """Scores often agree on the features: each setting is measured once, whatever the scores and in whatever order."""
+    figures = cache(measure.of)
+
+    def of(concept: Concept) -> Figures:
+        order = np.argsort(concept.features)
+        sorted_too = {name: tuple(np.asarray(getattr(concept, name))[order].tolist()) for name in ("means", "gates")}
+        features = tuple(sorted(concept.features))
+        return figures(replace(concept, features=features, scores=(), **(sorted_too if features else {})))
+
+    return replace(measure, of=of)
 
 
 # The command. --------------------------------------------------------------------------------------------------------

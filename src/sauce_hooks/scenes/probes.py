@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+
+from PIL import Image
+
 from sauce_hooks.evaluation.probes import Probe, ProbeSet, Wording
 from sauce_hooks.scenes.language import NAMES, NO, YES, Language, describe_prompt, split_words, yes_no_prompt
-from sauce_hooks.scenes.world import CONCEPTS, DOMAINS, Scene, Split, sample
+from sauce_hooks.scenes.world import CONCEPTS, DOMAINS, SIBLINGS, Scene, Split, sample
 
 _SEED = {"positives": 10_000, "retained": 20_000, "negatives": 30_000}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A scene's picture, drawn when it is first asked for."""
+
+    scene: Scene
+
+    @property
+    def name(self) -> str:
+        """A digest of the scene, which says all about the picture."""
+        return hashlib.sha256(repr((self.scene.things, self.scene.seed)).encode()).hexdigest()
+
+    def open(self) -> Image.Image:
+        """The picture."""
+        return self.scene.image
 
 
 def wording(phrasing: int = 0, language: Language = "en") -> Wording:
@@ -18,6 +39,7 @@ def wording(phrasing: int = 0, language: Language = "en") -> Wording:
         yes=(YES[language],),
         no=(NO[language],),
         mentions=lambda text, concept: names[concept] in split_words(text),
+        closed=True,
     )
 
 
@@ -47,7 +69,7 @@ def probes(
         where = _SEED[kind] + 1_000_000 * seed + CONCEPTS.index(concept)
         lacks = concept if kind == "negatives" else None
         scenes: list[Scene] = sample(count, seed=where, contains=None if lacks else concept, lacks=lacks, split=split)
-        return [Probe(scene.image, scene.concepts) for scene in scenes]
+        return [Probe(Drawn(scene), scene.concepts) for scene in scenes]
 
     return ProbeSet(
         domains=DOMAINS,
@@ -55,4 +77,5 @@ def probes(
         retained={concept: draw(retained, "retained", concept) for concept in CONCEPTS},
         negatives={concept: draw(n if negatives is None else negatives, "negatives", concept) for concept in CONCEPTS},
         wording=wording(phrasing, language),
+        nearest=SIBLINGS,
     )
