@@ -112,8 +112,7 @@ def pgd(
             x = x.detach().requires_grad_()
             with torch.enable_grad():
                 reached = margin(x)
-                slopes: tuple[Tensor | None, ...] = torch.autograd.grad(reached.sum(), x, allow_unused=True)
-            slope = slopes[0]
+                slope: Any = torch.autograd.grad(reached.sum(), x, allow_unused=True)[0]
             if slope is None or not torch.isfinite(slope).all():
                 raise AttackError(
                     "the margin's gradient with respect to the pixels is " + ("none" if slope is None else "not finite")

@@ -119,10 +119,11 @@ def look(
 
 
 def _shown(batch: Batch, pixels: Mapping[int, Tensor]) -> Batch:
-    shown = batch.inputs["pixel_values"].clone()
+    inputs = batch.inputs
+    shown = inputs["pixel_values"].clone()
     for row, question in enumerate(batch.questions):
         shown[row] = pixels[id(question.probe)]
-    return Batch(batch.questions, {**batch.inputs, "pixel_values": shown})
+    return Batch(batch.questions, lambda: {**inputs, "pixel_values": shown})
 
 
 def worst(seen: Sequence[Seen]) -> Seen:
