@@ -172,7 +172,7 @@ def test_the_gradient_goes_through_the_edit(model: Any, sae: VisionSAE, kind: st
     vision_sae.sae.to(dtype=torch.float64)
     concept = replace(sae.concepts["tiger"], gamma=-3.0)
     if kind == "gated":
-        concept = replace(concept, edit="gated", gates=(0.1, 0.1, 0.1))
+        concept = replace(concept, edit="gated", means=(1.0, 1.0, 1.0), gates=(0.1, 0.1, 0.1))
     eraser = ConceptEraser(model, vision_sae, [concept])
 
     seen: list[torch.Tensor] = []
