@@ -92,6 +92,10 @@ class ModelBelowGateError(SauceHooksError, RuntimeError):
     """The original model does not know enough for its forgetting to mean anything."""
 
 
+class AttackError(SauceHooksError, ValueError):
+    """An attack that can't be carried out: nothing to ask with, images it cannot change, weights it cannot reach."""
+
+
 class ProbeError(SauceHooksError, ValueError):
     """A set of probes, or its labels, that cannot answer what is asked of it; says what is missing."""
 

@@ -141,7 +141,7 @@ def prepare(
     return batches
 
 
-def _first_tokens(words: Sequence[str], tokenizer: Any) -> list[int]:
+def first_tokens(words: Sequence[str], tokenizer: Any) -> list[int]:
     """The tokens an answer of one of these words can begin with, in any of its usual spellings."""
     spellings = [form for word in words for w in (word, word.capitalize()) for form in (w, f" {w}")]
     ids = (tokenizer(text, add_special_tokens=False).input_ids for text in spellings)
@@ -153,7 +153,7 @@ def ask(model: nn.Module, batches: Sequence[Batch], wording: Wording, processor:
     """Every question's answer, greedily decoded, in the order of the batches."""
     parameter = next(model.parameters())
     tokenizer = processor.tokenizer
-    yes, no = (_first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
+    yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
     generator: Any = model
     both = set(yes) & set(no)  # a byte that a yes and a no begin with says nothing
     yes, no = ([token for token in tokens if token not in both] for tokens in (yes, no))
