@@ -6,7 +6,6 @@ The adapter is PEFT's and trained by transformers' Trainer; here are only the lo
 from __future__ import annotations
 
 import inspect
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.erasure.bake import Erasure, shared_copy
 from sauce_hooks.erasure.edit_data import take_apart
 from sauce_hooks.errors import EditError, ImagesError
+from sauce_hooks.evaluation.fitting import fit
 from sauce_hooks.evaluation.probes import ProbeSet
 from sauce_hooks.evaluation.results import ORIGINAL, Results
 from sauce_hooks.hookpoint import PIXELS, HookPoint, as_tokens, evaluating, find_towers, unwrap
@@ -112,7 +112,7 @@ def distill(
         imitation = _Imitation(student, eraser)
         imitation.scale = imitation.mean_change(batches)
         before = imitation.gap(tested)
-        _train(imitation, batches, steps, lr, seed)
+        fit(imitation, batches, steps=steps, lr=lr, seed=seed)
     after = imitation.gap(tested)
     student.eval()
     results = None if probes is None else _evaluated(eraser, student, probes, processor)
@@ -188,44 +188,6 @@ def _with_adapter(eraser: ConceptEraser, rank: int, blocks: int | None) -> PeftM
     linear = [name for name, m in student.named_modules() if isinstance(m, nn.Linear) and name.startswith(chosen)]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, bias="none")
     return get_peft_model(student, config)  # pyright: ignore[reportReturnType] - not a mixed model
-
-
-def _train(imitation: _Imitation, batches: Sequence[Batch], steps: int, lr: float, seed: int) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            scratch,
-            max_steps=steps,
-            learning_rate=lr,
-            per_device_train_batch_size=1,  # of batches
-            weight_decay=0.0,
-            seed=seed,
-            data_seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            use_cpu=next(imitation.parameters()).device.type == "cpu",
-            dataloader_pin_memory=False,
-        )
-        Trainer(imitation, arguments, train_dataset=_Batches(batches), data_collator=_only).train()
-
-
-class _Batches(torch.utils.data.Dataset[Batch]):
-    def __init__(self, batches: Sequence[Batch]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self._batches[index]
-
-
-def _only(batches: Sequence[Batch]) -> dict[str, Any]:
-    return dict(batches[0])
 
 
 def _activations(model: Any, point: HookPoint, inputs: Batch) -> Float[Tensor, "units tokens d"]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from sauce_hooks.errors import AttackError
 from sauce_hooks.evaluation.answers import ask, prepare
 from sauce_hooks.evaluation.attacks.record import Leak
 from sauce_hooks.evaluation.attacks.subject import Seen, Subject, compare
+from sauce_hooks.evaluation.fitting import fit
 from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, prepare_answers
 from sauce_hooks.evaluation.metrics import rate
 from sauce_hooks.evaluation.probes import Probe, ProbeSet, Question
@@ -161,32 +161,10 @@ class _Answers(nn.Module):
 
 
 def _train(model: nn.Module, batch: AnsweredBatch, steps: int, lr: float, seed: int) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    parameter = next(model.parameters())
-    inputs = {name: t.to(parameter.dtype) if t.is_floating_point() else t for name, t in batch.inputs.items()}
-    with tempfile.TemporaryDirectory() as scratch, evaluating(model), torch.random.fork_rng():
-        arguments = TrainingArguments(
-            scratch,
-            max_steps=steps,
-            learning_rate=lr,
-            per_device_train_batch_size=1,  # of batches
-            weight_decay=0.0,
-            seed=seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            use_cpu=parameter.device.type == "cpu",
-            dataloader_pin_memory=False,
-        )
-        data: Any = [{"inputs": inputs, "labels": batch.labels_bl}]
-        Trainer(_Answers(model), arguments, train_dataset=data, data_collator=_only).train()
-
-
-def _only(batches: Sequence[Any]) -> dict[str, Any]:
-    return cast(dict[str, Any], batches[0])
+    dtype = next(model.parameters()).dtype
+    inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.inputs.items()}
+    with evaluating(model), torch.random.fork_rng():
+        fit(_Answers(model), [{"inputs": inputs, "labels": batch.labels_bl}], steps=steps, lr=lr, seed=seed)
 
 
 def _retained(subject: Subject, most: int) -> list[bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +26,7 @@ from sauce_hooks.evaluation.baselines.weights import (
     read_weights,
     write_weights,
 )
+from sauce_hooks.evaluation.fitting import fit
 from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, prepare_answers
 from sauce_hooks.hookpoint import untouched, unwrap
 
@@ -97,7 +97,14 @@ def train(
     with torch.random.fork_rng(), untouched(model):
         torch.manual_seed(settings.seed)
         student = _student(model, settings, adapter)
-        _run(_Unlearning(student.model, model, objective, settings), steps, settings)
+        fit(
+            _Unlearning(student.model, model, objective, settings),
+            steps,
+            steps=settings.steps,
+            lr=settings.lr,
+            seed=settings.seed,
+            max_grad_norm=settings.max_grad_norm,
+        )
     student.model.eval()
     if not all(bool(torch.isfinite(p).all()) for p in student.trained.values()):
         raise DivergedError(f"{method} diverged at a learning rate of {settings.lr:g}: the weights are not finite any more")
@@ -157,47 +164,6 @@ _Step = dict[str, dict[str, Any]]
 
 def _inputs(batch: AnsweredBatch) -> dict[str, Any]:
     return {"inputs": batch.inputs, "labels_bl": batch.labels_bl}
-
-
-def _run(unlearning: _Unlearning, steps: Sequence[_Step], settings: Settings) -> None:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            scratch,
-            max_steps=settings.steps,
-            learning_rate=settings.lr,
-            max_grad_norm=settings.max_grad_norm,
-            per_device_train_batch_size=1,  # of steps' batches
-            weight_decay=0.0,
-            seed=settings.seed,
-            data_seed=settings.seed,
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            use_cpu=next(unlearning.parameters()).device.type == "cpu",
-            dataloader_pin_memory=False,
-        )
-        trainer = Trainer(unlearning, arguments, train_dataset=_Dataset(steps), data_collator=_only)
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-
-
-class _Dataset(torch.utils.data.Dataset[_Step]):
-    def __init__(self, steps: Sequence[_Step]) -> None:
-        self._steps = steps
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def __getitem__(self, index: int) -> _Step:
-        return self._steps[index]
-
-
-def _only(steps: Sequence[_Step]) -> dict[str, Any]:
-    return dict(steps[0])
 
 
 @dataclass(eq=False)
