@@ -49,7 +49,7 @@ def folder(tmp_path: Path, tokenizer: Any) -> Path:
 def test_from_a_folder_it_says_what_the_model_says(folder: Path, tokenizer: Any):
     judge = NLI.load(folder)
     assert isinstance(judge, Judge)
-    assert judge.name == "nli-1 my-nli"
+    assert judge.name == "nli-1 my-nli, unsure 0.3 to 0.7, 'The image shows a X.'"
     model = tiny().eval()
     for text, found in zip(TEXTS[:3], judge.entailment(TEXTS[:3], "tiger").tolist(), strict=True):
         with torch.no_grad():

@@ -13,7 +13,16 @@ from sauce_hooks.evaluation import METRICS, ORIGINAL, Answer, Counts, Eligibilit
 from sauce_hooks.evaluation.answers import read_description, read_yes_no
 from sauce_hooks.evaluation.metrics import count, harmonic, nearest_sibling
 from sauce_hooks.evaluation.probes import ABSENT, pope_questions
-from sauce_hooks.evaluation.statistics import auroc_draws, concept_draws, harmonic_mean, mcnemar, ratio, ratio_draws, wilson
+from sauce_hooks.evaluation.statistics import (
+    auroc,
+    auroc_draws,
+    concept_draws,
+    harmonic_mean,
+    mcnemar,
+    ratio,
+    ratio_draws,
+    wilson,
+)
 from tiny import pictures
 
 DOMAINS = {"object": ("tiger", "cat", "car"), "color": ("red", "blue")}
@@ -29,8 +38,9 @@ def probe_set(**tables):
     return ProbeSet(DOMAINS, *({**none, **tables.get(t, {})} for t in ("positives", "retained", "negatives")), WORDING)
 
 
-def asked(probe, concept, text, margin=0.0, absent=None):
-    return Answer(Question(probe, "yes_no", concept, absent), text, read_yes_no(text, WORDING), margin)
+def asked(probe, concept, text, margin=0.0, absent=None, beside=None):
+    beside = beside or (min(probe.concepts) if absent else None)
+    return Answer(Question(probe, "yes_no", concept, absent, beside), text, read_yes_no(text, WORDING), margin)
 
 
 def described(probe, text):
@@ -70,6 +80,75 @@ def test_pope_and_mme_by_hand():
     assert found.counts["POPE_accuracy"].outcomes == {"correct": 3, "wrong": 2, "refusal": 0, "invalid": 1}
     # POPE's hard questions are no part of the true-negative rate
     assert math.isnan(value(found, "TNR")[0])
+
+
+def test_an_image_with_several_labels_has_a_pair_for_each():
+    both = probe("tiger", "blue")
+    others = [
+        asked(both, "tiger", "yes"), asked(both, "blue", "no"),
+        asked(both, "cat", "no", absent="random", beside="tiger"), asked(both, "cat", "no", absent="random", beside="blue"),
+    ]  # fmt: skip
+    found = count("red", [], others, probe_set(retained={"tiger": [both], "blue": [both]}))
+    assert value(found, "POPE_recall") == (0.5, 2)
+    assert value(found, "MME_acc") == (0.75, 4)
+    questions = pope_questions(probe_set(retained={"tiger": [both], "blue": [both]}))
+    assert {question.beside for question in questions} == {"tiger", "blue"}
+
+
+def test_a_refusal_names_nothing_even_if_it_says_the_name():
+    own = [described(probe("tiger", "red"), "I'm sorry, I can't describe the tiger or the red thing.")]
+    own.append(asked(own[0].question.probe, "red", "yes"))
+    found = count("tiger", own, [], probe_set())
+    assert value(found, "UA_g") == (1, 1)
+    assert value(found, "SRA") == value(found, "SRA_g") == (0, 1)
+    assert read_description("A tiger sits beside a sign that says: sorry, we are closed.") == "text"
+
+
+@pytest.mark.parametrize(("verdict", "ua", "sra"), [(np.True_, 0, 1), (np.False_, 1, 0), (1, 0, 1), (0, 1, 0), (None, 0, 0)])
+def test_verdicts_of_any_type_count_and_doubt_flatters_nobody(verdict, ua, sra):
+    class Says:
+        name = "says"
+
+        def __call__(self, texts, concept):
+            return [verdict] * len(texts)
+
+    own = [described(probe("tiger", "red"), "a thing.")]
+    own.append(asked(own[0].question.probe, "red", "yes"))
+    found = count("tiger", own, [], probe_set(), judge=Says())
+    assert (value(found, "UA_g")[0], value(found, "SRA")[0]) == (ua, sra)
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("No, I can't see a tiger.", "no"), ("Yes, although I am unable to say more.", "yes"),
+        ("Sorry, I can't say.", "refusal"), ("I can't tell.", "refusal"), ("Perhaps.", "invalid"),
+    ],
+)  # fmt: skip
+def test_the_first_word_decides(text, status):
+    assert read_yes_no(text, WORDING) == status
+
+
+def test_perfect_separation_of_few_is_no_certainty():
+    found = auroc([3, 4, 5], [0, 1, 2])
+    assert found.value == found.high == 1
+    assert found.low == pytest.approx(wilson(3, 3)[0])
+
+
+def test_images_that_are_asked_about_again_and_again_count_once():
+    """34 concepts, and IRA of the same 100 images for each: as sure as 100 images make it, not 3,400."""
+    of_own, shared = (results([[1] * 100] * 34, metric=metric).mean("ours", metric) for metric in ("UA_d", "IRA"))
+    assert of_own.low == pytest.approx(wilson(3400, 3400)[0])
+    assert shared.low == pytest.approx(wilson(100, 100)[0])
+
+
+def test_images_of_which_no_absence_is_known_are_no_part_of_chair():
+    known, unknown = probe("tiger"), probe("tiger", known=["tiger"])
+    own = [described(p, "a tiger and a cat.") for p in (known, *[unknown] * 9)]
+    found = count("red", own, [], probe_set())
+    assert math.isnan(value(found, "CHAIR_s")[0])  # none of them holds red
+    found = count("tiger", own, [], probe_set())
+    assert value(found, "CHAIR_s") == (1, 1)
 
 
 def test_chair_by_hand():

@@ -1,7 +1,6 @@
 """The protocol: splits that never mix, what labels say, words as data, runs that go on, judges, methods with own words."""
 
 import json
-import math
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -37,7 +36,7 @@ from sauce_hooks.evaluation import (
 )
 from sauce_hooks.evaluation.answers import read_yes_no
 from sauce_hooks.evaluation.labelled import SHARES, split_of
-from tiny import build_llava, pictures
+from tiny import build_llava, make_vision_sae, pictures
 
 SPLITS = tuple(SHARES)
 WORDS = Wording(yes_no="is there {}?".format, describe=lambda: "describe.")
@@ -431,11 +430,36 @@ class Strict:
 def test_a_judge_decides_what_descriptions_name(talker, probes, processor):
     found = run(talker, probes, processor, {}, judge=Strict(), eligibility=None)
     assert found.scores[ORIGINAL, "tiger"]["UA_g"].value == 0
-    assert math.isnan(found.scores[ORIGINAL, "red"]["UA_g"].value)
-    assert math.isnan(found.scores[ORIGINAL, "tiger"]["SRA_g"].value)
+    assert found.scores[ORIGINAL, "red"]["UA_g"].value == 0
+    assert found.scores[ORIGINAL, "tiger"]["SRA_g"].value == 0
     assert found.scores[ORIGINAL, "red"]["SRA_g"].value == 1
     assert found.judge == "strict 1"
     assert {"Descriptions were judged by strict 1.", Strict.note} <= set(found.notes)
+
+
+def test_a_judge_without_a_name_is_none(talker, probes, processor):
+    with pytest.raises(TypeError, match="name"):
+        run(talker, probes, processor, {}, judge=lambda texts, concept: [True] * len(texts))
+    with pytest.raises(ValueError, match="another name"):
+        run(talker, probes, processor, {ORIGINAL: Calls()})
+
+
+def test_a_run_is_not_gone_on_with_after_the_bank_has_changed(talker, probes, processor, tmp_path):
+    sae = make_vision_sae(talker)
+    options = {"processor": processor, "progress": False, "out": tmp_path / "run"}
+    evaluate(talker, sae, probes, ["tiger"], **options)
+    evaluate(talker, sae, probes, ["tiger"], **options)
+    sae.concepts.add(replace(sae.concepts["tiger"], gamma=-7.0))
+    with pytest.raises(ResumeError, match="other settings"):
+        evaluate(talker, sae, probes, ["tiger"], **options)
+
+
+def test_a_name_of_two_domains_is_refused(tmp_path):
+    for folder in ("object/orange", "color/orange"):
+        (tmp_path / folder).mkdir(parents=True)
+        pictures(1)[0].save(tmp_path / folder / "0.png")
+    with pytest.raises(ProbeError, match="orange: in two domains"):
+        LabelledImages.from_folder(tmp_path)
 
 
 def test_a_method_may_ask_in_other_words(talker, probes, processor, monkeypatch):

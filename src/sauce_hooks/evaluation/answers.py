@@ -21,6 +21,8 @@ _REFUSAL = re.compile(
 )
 _UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")
 """A sign of a script that puts no space between words."""
+_BEGINNING = 40
+"""Characters of a description in which a refusal must show."""
 KEPT_BYTES = 2**30
 """Model inputs that a list of batches keeps, so that the next method needs not have them made again."""
 
@@ -52,10 +54,11 @@ def read_yes_no(text: str, wording: Wording) -> Status:
 
     Chinese and Japanese put no space between words. There the longest of the words that the answer begins with decides.
     """
-    if _REFUSAL.search(text):
-        return "refusal"
     found = re.match(r"\W*(\w+)", text.lower())
     word = found[1] if found else ""
+    plain = word in (*wording.yes, *wording.no)  # "No, I can't see any" is a no
+    if _REFUSAL.search(text) and (not plain or _UNSPACED.match(word)):
+        return "refusal"
     begun = [
         (len(option), status)
         for status, options in (("yes", wording.yes), ("no", wording.no))
@@ -66,8 +69,8 @@ def read_yes_no(text: str, wording: Wording) -> Status:
 
 
 def read_description(text: str) -> Status:
-    """The status of a description."""
-    if _REFUSAL.search(text):
+    """The status of a description. A refusal begins as one; "a sign that says sorry" is none."""
+    if _REFUSAL.search(text[:_BEGINNING]):
         return "refusal"
     return "text" if re.search(r"\w", text) else "invalid"
 

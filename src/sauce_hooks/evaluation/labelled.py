@@ -18,6 +18,7 @@ import io
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,6 +121,12 @@ class LabelledImages:
         strange = sorted({concept for image in self.images for concept in image.concepts} - known)
         if strange:
             raise UnknownConceptError(strange[0], sorted(known))
+        times = Counter(concept for names in self.domains.values() for concept in names)
+        if twice := sorted(concept for concept, n in times.items() if n > 1):
+            raise ProbeError(
+                f"{', '.join(twice)}: in two domains, or twice in one. One name must mean one thing: call one of them "
+                "otherwise (names=, or the folder's name)"
+            )
 
     @classmethod
     def from_folder(

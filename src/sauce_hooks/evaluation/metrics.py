@@ -83,11 +83,11 @@ class Case(NamedTuple):
 
 
 class Named(NamedTuple):
-    """A description, and whether it names a concept; None where the judge cannot say."""
+    """A description, and whether it names a concept."""
 
     answer: Answer
     concept: str
-    named: bool | None
+    named: bool
 
 
 class Pair(NamedTuple):
@@ -137,8 +137,16 @@ class Sorted:
     @cached_property
     def described(self) -> list[Named]:
         """The same, and whether they name the concept."""
-        said = self.judge([a.text for a in self.descriptions], self.erased) if self.descriptions else []
-        return [Named(a, self.erased, named) for a, named in zip(self.descriptions, said, strict=True)]
+        return self._judged(self.descriptions, self.erased, unsure=True)
+
+    def _judged(self, descriptions: Sequence[Answer], concept: str, *, unsure: bool) -> list[Named]:
+        """What the judge says; where it cannot, `unsure`, which is what does not flatter. A refusal names nothing."""
+        verdicts = getattr(self.judge, "verdicts", self.judge)  # called, a judge that can be unsure is so no more
+        said = verdicts([a.text for a in descriptions], concept) if descriptions else []
+        return [
+            Named(a, concept, a.status == "text" and (unsure if verdict is None else bool(verdict)))
+            for a, verdict in zip(descriptions, said, strict=True)
+        ]
 
     @cached_property
     def same(self) -> list[tuple[Answer, Named]]:
@@ -148,8 +156,8 @@ class Sorted:
         found: dict[tuple[int, str], Named] = {}
         for concept in dict.fromkeys(str(a.question.concept) for a in asked):  # a judge is asked once a concept
             texts = [of_image[id(a.question.probe)] for a in asked if a.question.concept == concept]
-            for said, named in zip(texts, self.judge([a.text for a in texts], concept), strict=True):
-                found[id(said.question.probe), concept] = Named(said, concept, named)
+            for said in self._judged(texts, concept, unsure=False):
+                found[id(said.answer.question.probe), concept] = said
         return [(a, found[id(a.question.probe), str(a.question.concept)]) for a in asked]
 
     @cached_property
@@ -170,11 +178,11 @@ class Sorted:
     @cached_property
     def pairs(self) -> list[Pair]:
         """POPE's pairs."""
-        present = {id(a.question.probe): a for a in self.kept}
+        present = {(id(a.question.probe), a.question.concept): a for a in self.kept}
         return [
-            Pair(present[id(a.question.probe)], a, a.question.absent)
+            Pair(present[pair], a, a.question.absent)
             for a in self.elsewhere
-            if a.question.absent is not None and id(a.question.probe) in present
+            if a.question.absent is not None and (pair := (id(a.question.probe), a.question.beside)) in present
         ]
 
     @cached_property
@@ -186,15 +194,12 @@ class Sorted:
         found: list[tuple[Answer, int, int]] = []
         for a in self.descriptions:
             probe = a.question.probe
+            if not any(probe.lacks(c) for c in self.probes.concepts):
+                continue  # nothing is known to be absent: nothing that is said can be false
             names = [c for c in self.probes.concepts if self.probes.wording.mentions(a.text, c)]
             false = sum(probe.lacks(c) for c in names)
             found.append((a, false + sum(c in probe.concepts for c in names), false))
         return found
-
-    @cached_property
-    def complete(self) -> bool:
-        """Whether the labels of the images say of anything that it is absent: without that no word can be false."""
-        return any(a.question.probe.lacks(c) for a in self.descriptions for c in self.probes.concepts)
 
 
 def _hits(answers: Iterable[Answer], hit: Callable[[Answer], bool]) -> list[Case]:
@@ -202,8 +207,7 @@ def _hits(answers: Iterable[Answer], hit: Callable[[Answer], bool]) -> list[Case
 
 
 def _share_named(found: Iterable[Named], wanted: bool) -> list[Case]:
-    """What the judge cannot say is left out."""
-    return [Case(a, named is wanted, named is not None, named, about) for a, about, named in found]
+    return [Case(a, named is wanted, True, named, about) for a, about, named in found]
 
 
 def _confusion(pairs: Iterable[Pair], num: Callable[[str], float], den: Callable[[str], float]) -> list[Case]:
@@ -253,9 +257,7 @@ _CASES: Mapping[str, Callable[[Sorted], list[Case]]] = MappingProxyType(
         "IRA_near": lambda s: _hits((a for a in s.kept if a.question.concept == s.near), lambda a: a.correct),
         "CRA": lambda s: _hits((a for a in s.kept if a.question.concept not in s.domain), lambda a: a.correct),
         # Ours.
-        "SRA": lambda s: [
-            Case(a, a.correct and said.named is True, said.named is not None or not a.correct) for a, said in s.same
-        ],
+        "SRA": lambda s: [Case(a, a.correct and said.named) for a, said in s.same],
         "SRA_d": lambda s: _hits((a for a, _ in s.same), lambda a: a.correct),
         "SRA_g": lambda s: _share_named((said for _, said in s.same), True),
         "TNR": lambda s: _hits(s.absent, lambda a: a.status == "no"),
@@ -274,8 +276,8 @@ _CASES: Mapping[str, Callable[[Sorted], list[Case]]] = MappingProxyType(
         "MME_acc": _mme(1, 0, by_question=True),
         "MME_plus": _mme(0, 1),
         # CHAIR (Rohrbach et al. 2018), section 2.1: false objects / all objects named; sentences with one / all sentences.
-        "CHAIR_i": lambda s: [Case(a, false, named) for a, named, false in s.named] if s.complete else [],
-        "CHAIR_s": lambda s: [Case(a, false > 0) for a, _, false in s.named] if s.complete else [],
+        "CHAIR_i": lambda s: [Case(a, false, named) for a, named, false in s.named],
+        "CHAIR_s": lambda s: [Case(a, false > 0) for a, _, false in s.named],
         "known": lambda s: _hits(_balanced(s.target, s.lacking), lambda a: a.correct),
         "refusal": lambda s: _hits((*s.own, *_asked_elsewhere(s)), lambda a: a.status == "refusal"),
         "invalid": lambda s: _hits((*s.own, *_asked_elsewhere(s)), lambda a: a.status in ("refusal", "invalid")),

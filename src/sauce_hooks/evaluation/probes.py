@@ -92,6 +92,8 @@ class Question:
     """What a yes/no question asks for; None for a description."""
     absent: Absent | None = None
     """Of POPE's questions for an absent concept: how it was chosen."""
+    beside: str | None = None
+    """Of the same: the concept that the image holds, whose question is the other of the pair."""
 
     @property
     def truth(self) -> bool:
@@ -111,6 +113,8 @@ class Wording:
     no: tuple[str, ...] = ("no",)
     mentions: Callable[[str, str], bool] = lambda text, concept: mentions(text, concept)
     """Whether a description names a concept."""
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """What `mentions` takes for a concept where it is more than the concept's own name."""
     closed: bool = False
     """Whether `mentions` reads all that the model can say, as its vocabulary is closed; if not, a judge reads better."""
     max_new_tokens: int = 48
@@ -247,11 +251,11 @@ def pope_questions(probes: ProbeSet) -> list[Question]:
         return top[int(hashlib.sha256(f"{probe.name} {kind}".encode()).hexdigest(), 16) % len(top)]
 
     questions: list[Question] = []
-    for retained in probes.retained.values():
+    for held, retained in probes.retained.items():
         for probe in retained[:POPE_IMAGES]:
             absent = [concept for concept in probes.concepts if probe.lacks(concept)]
             if absent:
-                questions += [Question(probe, "yes_no", choose(probe, kind, absent), kind) for kind in ABSENT]
+                questions += [Question(probe, "yes_no", choose(probe, kind, absent), kind, held) for kind in ABSENT]
     return questions
 
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 ORIGINAL = "original model"
 RELATIVE = ("IRA", "IRA_near", "CRA", "SRA", "SRA_d", "SRA_g")
 """Metrics that are read as a share of the original model's value."""
+SHARED = ("IRA", "IRA_near", "CRA", "TNR", "refusal", "invalid", *(m for m in METRICS if m.startswith(("POPE", "MME"))))
+"""Metrics of images that are the same for every erased concept, or nearly so."""
 _NO_COUNTS: Mapping[str, Counts] = MappingProxyType({})
 
 
@@ -125,7 +127,7 @@ class Results:
         return mean_over_concepts(
             values,
             inner,
-            sum(self._images(method, c, metric) for c in chosen),
+            self._pooled([self._images(method, c, metric) for c in chosen], metric),
             most=MOST.get(metric, 1.0),
             scale=float(np.mean(measured)) if relative and measured else 1.0,
         )
@@ -144,6 +146,11 @@ class Results:
         if metric == "AUROC":
             return int(min(counts.n, len(counts.den) - counts.n))
         return counts.images
+
+    @staticmethod
+    def _pooled(images: Sequence[int], metric: str) -> int:
+        """How many images a mean over concepts is of: some are asked about again for every erased concept."""
+        return max(images, default=0) if metric in SHARED else sum(images)
 
     def _draws(self, method: str, concept: str, metric: str, *, relative: bool = False) -> Float[np.ndarray, " draws"]:
         """A concept's value with its images resampled."""
@@ -191,7 +198,7 @@ class Results:
         return Comparison(
             metric, first, second, cells[True, True], cells[True, False], cells[False, True], cells[False, False],
             mcnemar(cells[True, False], cells[False, True]),
-            mean_difference(values, inner, sum(a.images for a, _ in pairs)),
+            mean_difference(values, inner, self._pooled([a.images for a, _ in pairs], metric)),
         )  # fmt: skip
 
     def _counted(self, method: str, concept: str, metric: str) -> Counts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.errors import EvaluationError, EvaluationWarning, UnknownConceptError
 from sauce_hooks.evaluation.answers import Answer, Batch, ask, prepare, read_description
 from sauce_hooks.evaluation.eligibility import Eligibility
+from sauce_hooks.evaluation.erasing import Erasing
 from sauce_hooks.evaluation.metrics import Rate, count, harmonic, nearest_sibling
 from sauce_hooks.evaluation.probes import (
     Judge,
@@ -94,10 +95,13 @@ def evaluate(
     if methods is None:
         if sae is None:
             raise ValueError("without an SAE, say in methods={...} what to evaluate")
-        vision_sae = sae
-        methods = {"SAUCE": lambda concept: ConceptEraser(model, vision_sae, [concept])}
+        methods = {"SAUCE": Erasing(model, sae)}
+    if ORIGINAL in methods:
+        raise ValueError(f"{ORIGINAL!r} is what the model without any method is called: give the method another name")
     every: dict[str, Method] = {ORIGINAL: lambda concept: nullcontext(), **methods}
     judge = judge or WholeWords(probes.wording)
+    if not isinstance(judge, Judge):  # pyright: ignore[reportUnnecessaryIsInstance] - users have no type checker
+        raise TypeError(f"{judge!r} is no judge: it must be callable and have a `name`, see evaluation.Judge")
     store = Store(Path(out), settings_of(model, probes, judge.name)) if out is not None else Store(None, {})
     interview = _Interview(model, probes, processor, batch_size)
     done: dict[tuple[str, str], Finished] = {}
@@ -210,7 +214,8 @@ def _results(
 
 def _settings(method: Method) -> Any:
     settings = getattr(method, "settings", None)
-    return asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
+    plain = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
+    return json.loads(json.dumps(plain, default=str))  # as it will be when it is read again
 
 
 def _notes(done: Mapping[tuple[str, str], Finished], judge: Judge) -> list[str]:

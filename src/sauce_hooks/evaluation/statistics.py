@@ -100,7 +100,9 @@ def auroc(positive: Sequence[float], negative: Sequence[float]) -> Rate:
     a = float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
     q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
     se = np.sqrt(max(0.0, a * (1 - a) + (n - 1) * (q1 - a * a) + (m - 1) * (q2 - a * a)) / (n * m))
-    return Rate(a, n + m, max(0.0, a - 1.96 * se), min(1.0, a + 1.96 * se))
+    # Perfect separation has no standard error: never narrower than a proportion's of as many as the fewer are.
+    low, high = wilson(a * min(n, m), min(n, m))
+    return Rate(a, n + m, float(max(0.0, min(low, a - 1.96 * se))), float(min(1.0, max(high, a + 1.96 * se))))
 
 
 def harmonic_mean(values: Iterable[float]) -> float:

@@ -195,3 +195,4 @@ def _images(probes: ProbeSet) -> Iterable[object]:
 def _words(wording: Wording, concepts: Sequence[str]) -> Iterable[object]:
     yield from (wording.describe(), wording.yes, wording.no, wording.max_new_tokens, wording.answer_tokens)
     yield from map(wording.yes_no, concepts)
+    yield [(concept, tuple(wording.names.get(concept, (concept,)))) for concept in concepts]

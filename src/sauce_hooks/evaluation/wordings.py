@@ -152,6 +152,7 @@ def wording(
         yes=prompts.yes,
         no=prompts.no,
         mentions=named,
+        names=known,
         max_new_tokens=max_new_tokens,
         answer_tokens=8,
     )

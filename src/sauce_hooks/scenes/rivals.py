@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 
 from sauce_hooks.bank import write_text_atomically
-from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.evaluation import Method, Probe, Results, evaluate
 from sauce_hooks.evaluation.baselines import (
+    METHODS,
     OBJECTIVES,
     ForgetRetain,
     Materials,
@@ -30,6 +30,7 @@ from sauce_hooks.evaluation.baselines import (
     sweep,
 )
 from sauce_hooks.evaluation.baselines.weights import Kind
+from sauce_hooks.evaluation.erasing import Erasing
 from sauce_hooks.sae import VisionSAE
 from sauce_hooks.scenes.bundled import load
 from sauce_hooks.scenes.learning import CONTRAST_SEED, N_CONTRAST, SIBLING_SEED, contrast_sets
@@ -129,16 +130,14 @@ def run(
     """Every method side by side on test scenes; `results.csv` and `table.md` in `out`, trained weights in `out/weights`."""
     model, processor, sae = load()
     rates = CHOSEN[kind]
+    if unknown := [method for method in methods or () if method not in METHODS]:
+        raise ValueError(f"unknown method {unknown[0]!r}; known: {', '.join(METHODS)}")
     trained = [method for method in methods or OBJECTIVES if method in OBJECTIVES]
     if missing := [method for method in trained if method not in rates]:
         found = run_sweep(out, kind=kind, methods=missing)
         rates = {**rates, **{method: one.chosen for method, one in found.items()}}
     given = materials(model, processor, sae, rates=rates, kind=kind, folder=out / "weights")
-
-    def ours(concept: str) -> ConceptEraser:
-        return ConceptEraser(model, sae, [concept])
-
-    rivals: dict[str, Method] = {"SAUCE": ours, **make_methods(given, methods)}
+    rivals: dict[str, Method] = {"SAUCE": Erasing(model, sae), **make_methods(given, methods)}
     shown = probes(n, retained=retained, negatives=min(n, 2 * retained))
     results = evaluate(model, sae, shown, concepts, processor=processor, methods=rivals, out=out / "answers")
     table = results.to_markdown()
@@ -151,14 +150,15 @@ def run(
 def run_sweep(
     out: Path, *, kind: Kind = "lora", concepts: Sequence[str] = SWEPT, methods: Sequence[str] = tuple(OBJECTIVES)
 ) -> dict[str, Sweep]:
-    """Choose the learning rates; every point is in `sweep.csv`."""
+    """Choose the learning rates; every point is in `sweep-{kind}.csv`."""
     import pandas as pd
 
     model, processor, _ = load()
     found = choose(model, processor, methods, kind=kind, folder=out / "weights", concepts=concepts)
     out.mkdir(parents=True, exist_ok=True)
     points = pd.concat([one.to_frame() for one in found.values()])
-    write_text_atomically(out / f"sweep-{kind}.csv", points.to_csv(index=False))
+    which = "" if set(methods) == set(OBJECTIVES) else f"-{'-'.join(methods)}"
+    write_text_atomically(out / f"sweep-{kind}{which}.csv", points.to_csv(index=False))
     return found
 
 

@@ -169,6 +169,10 @@ def _margin(subject: Subject, batch: Batch, space: PixelSpace) -> Margin:
     parameter = next(subject.model.parameters())
     tokenizer, wording = subject.processor.tokenizer, subject.probes.wording
     yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
+    both = {*yes} & {*no}  # as the margin that is reported
+    yes, no = ([token for token in tokens if token not in both] for tokens in (yes, no))
+    if not yes or not no:
+        raise AttackError("yes and no begin with the same tokens: their margin has no gradient")
     inputs = {
         name: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None) for name, t in batch.inputs.items()
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from sauce_hooks.errors import AttackError, UnknownConceptError
+from sauce_hooks.errors import AttackError, EvaluationWarning, UnknownConceptError
 from sauce_hooks.evaluation.attacks.pixels import AdversarialImages
 from sauce_hooks.evaluation.attacks.probing import LinearProbe
 from sauce_hooks.evaluation.attacks.quantisation import Quantisation
@@ -91,6 +92,12 @@ def run_attacks(
             raise UnknownConceptError(concept, known)
         if not probes.negatives.get(concept):
             raise AttackError(f"no image that lacks {concept!r}: what comes back could not be told from what is made up")
+        if training is not None and not (training.positives.get(concept) and training.negatives.get(concept)):
+            raise AttackError(f"the images that an attacker has need some with {concept!r} and some without")
+    if worded := [name for name, method in methods.items() if getattr(method, "wording", None) is not None]:
+        raise AttackError(
+            f"{', '.join(worded)} only asks in other words, and an attack asks in its own: there would be nothing to attack"
+        )
     every: dict[str, Method] = {ORIGINAL: lambda concept: nullcontext(), **methods}
     leaks: list[Leak] = []
     from tqdm.auto import tqdm
@@ -105,12 +112,27 @@ def run_attacks(
                     model, processor, probes, training, concept, name, partial(method, concept), before, batch_size
                 )
                 for attack in chosen:
-                    for leak in attack(subject):
+                    for leak in _leaks(attack, subject, asked_for=attacks is not None):
                         leaks.append(leak)
                         if found is not None:
                             found(leak)
                     bar.update()
     return Attacked(leaks)
+
+
+def _leaks(attack: Attack, subject: Subject, *, asked_for: bool) -> Sequence[Leak]:
+    """What an attack finds. One that nobody asked for by name, and that cannot be made here, is left out with a warning."""
+    try:
+        return attack(subject)
+    except (AttackError, ImportError) as problem:
+        if asked_for:
+            raise
+        warnings.warn(
+            f"{getattr(attack, 'name', attack)} on {subject.concept!r} is left out: {problem}",
+            EvaluationWarning,
+            stacklevel=3,
+        )
+        return []
 
 
 def _chosen(

@@ -14,6 +14,7 @@ from sauce_hooks.bank import Concept
 from sauce_hooks.concepts.projections import learn_projection
 from sauce_hooks.erasure import PAPER_GAMMA, ConceptEraser
 from sauce_hooks.errors import EditError
+from sauce_hooks.evaluation.erasing import Erasing, Known
 from sauce_hooks.evaluation.measure import chat_prompt
 from sauce_hooks.evaluation.probes import Wording
 from sauce_hooks.evaluation.run import Method
@@ -37,6 +38,11 @@ class PromptOnly:
     """Says where a question ends in a prompt: its chat template, or LLaVA's plain form."""
     instruction: str = INSTRUCTION
     """With {} where the concept goes."""
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What it is known by when a run is gone on with."""
+        return {"instruction": self.instruction}
 
     def __call__(self, concept: str) -> AbstractContextManager[None]:
         """Nothing to put in, nothing to take out."""
@@ -86,7 +92,7 @@ def random_features(model: nn.Module, sae: VisionSAE, *, seed: int = 0) -> Metho
         gamma = PAPER_GAMMA if own.gamma is None else own.gamma
         return ConceptEraser(model, sae, [Concept(f"random for {concept}", tuple(drawn), gamma=gamma)])
 
-    return method
+    return Known(method, {**Erasing(model, sae).settings, "seed": seed})
 
 
 def reconstruction_only(model: nn.Module, sae: VisionSAE) -> Method:
@@ -95,7 +101,12 @@ def reconstruction_only(model: nn.Module, sae: VisionSAE) -> Method:
     γ = 1 with the error kept is no edit at all (the null-edit law); with the error dropped it is this, whichever feature is
     named.
     """
-    return lambda concept: ConceptEraser(model, sae, [[0]], gamma=1.0, preserve_error=False)
+
+    def method(concept: str) -> ConceptEraser:
+        del concept
+        return ConceptEraser(model, sae, [[0]], gamma=1.0, preserve_error=False)
+
+    return Known(method, {"sae": Erasing(model, sae).settings["sae"]})
 
 
 def projected(model: nn.Module, sae: VisionSAE, sets: ContrastSets, *, processor: Any, kind: str) -> Method:
@@ -110,4 +121,4 @@ def projected(model: nn.Module, sae: VisionSAE, sets: ContrastSets, *, processor
             learn_projection(model, apart, concept, *sets(concept), processor=processor, method=kind)
         return ConceptEraser(model, apart, [concept])
 
-    return method
+    return Known(method, {"kind": kind, "sae": Erasing(model, sae).settings["sae"]})

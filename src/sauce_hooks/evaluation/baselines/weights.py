@@ -87,7 +87,7 @@ def make_student(model: nn.Module, *, kind: Kind, parts: Parts, rank: int, adapt
 
     Raises:
         ImportError: LoRA without PEFT.
-        EditError: no weights to train: quantised ones, in full.
+        EditError: no weights to train in full: quantised ones, or in half precision.
     """
     root = unwrap(model)
     towers = tuple(f"{tower.path}." for tower in find_towers(root)) if parts == "language" else ()
@@ -97,6 +97,12 @@ def make_student(model: nn.Module, *, kind: Kind, parts: Parts, rank: int, adapt
         packed = [name for name, p in trained.items() if not p.is_floating_point()]
         if packed:
             raise EditError(f"{packed[0]} is quantised ({len(packed)} such): training in full needs the weights themselves")
+        half = [name for name, p in trained.items() if p.dtype in (torch.float16, torch.bfloat16)]
+        if half:
+            raise EditError(
+                f"{half[0]} is in half precision, where small steps round away and nothing would be learnt: load the model "
+                'in float32, or train an adapter (kind="lora")'
+            )
         for p in student.parameters():
             p.requires_grad_(False)
         for p in trained.values():
@@ -116,6 +122,9 @@ def make_student(model: nn.Module, *, kind: Kind, parts: Parts, rank: int, adapt
     ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=linear, bias="none")
     student = inject_adapter_in_model(config, student, adapter_name=adapter)
+    for p in student.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # small steps would round away in half precision
     modules: dict[str, Any] = {
         name: module for name, module in student.named_modules() if isinstance(module, BaseTunerLayer)
     }

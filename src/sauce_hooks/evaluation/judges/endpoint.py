@@ -106,20 +106,18 @@ class Endpoint(UnsureJudge):
         """
         self._model, self._url, self._key_env = model, _checked(url), api_key_env
         self._timeout, self._attempts, self._pause, self._workers = timeout, attempts, pause, workers
-        asked = {"model": model, "temperature": 0, "max_tokens": 16, **(body or {})}
+        self._told = dict(body or {})
+        asked = {"model": model, "temperature": 0, "max_tokens": 16, **self._told}
         self._body = {name: value for name, value in asked.items() if value is not None}
         self.cache = VerdictCache(cache)
         self.account = Account(budget or Budget())
-        if self._key() and urlsplit(self._url).scheme == "http" and not _is_local(self._url):
-            raise JudgeError(
-                f"the key in {api_key_env} would go to {urlsplit(self._url).hostname} over plain http, for all to read: use "
-                "https, or api_key_env=None if the endpoint needs no key"
-            )
+        self._refuse_plain_http()
 
     @property
     def name(self) -> str:
-        """The model, and the version of the prompt."""
-        return f"endpoint prompt-{prompt().version} {self._model}"
+        """The model, the version of the prompt, and what the request was told beside them."""
+        more = f" {json.dumps(self._told, sort_keys=True)}" if self._told else ""
+        return f"endpoint prompt-{prompt().version} {self._model}{more}"
 
     @property
     def note(self) -> str:
@@ -159,7 +157,8 @@ class Endpoint(UnsureJudge):
         if unread:
             warnings.warn(
                 f"{self.name} answered {len(unread)} of {len(missing)} times with neither yes, no nor unsure, for example "
-                f"{unread[0][:_SHOWN]!r}: these are left open, which counts as a mention, and will be asked again next time",
+                f"{self._without_key(unread[0])[:_SHOWN]!r}: these are left open, which counts as a mention, and will be "
+                "asked again next time",
                 UnjudgedAnswersWarning,
                 stacklevel=2,
             )
@@ -177,7 +176,7 @@ class Endpoint(UnsureJudge):
         )
 
     def _cache_key(self, text: str, concept: str) -> str:
-        asked = [prompt().version, prompt().messages(text, concept), self._body]
+        asked = [self._url, prompt().version, prompt().messages(text, concept), self._body]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _judge(self, text: str, concept: str, key: str, stop: threading.Event) -> str:
@@ -219,9 +218,11 @@ class Endpoint(UnsureJudge):
         self.account.request()
         body = {**self._body, "messages": messages}
         try:
-            answer = requests.post(
-                self._url, json=body, auth=self._sign, timeout=(_CONNECT_S, self._timeout), allow_redirects=False
-            )
+            with requests.Session() as session:
+                session.trust_env = not _is_local(self._url)  # no proxy on the way to this very machine
+                answer = session.post(
+                    self._url, json=body, auth=self._sign, timeout=(_CONNECT_S, self._timeout), allow_redirects=False
+                )
         except requests.Timeout:
             raise _TryAgain(f"the judge's endpoint {self._url} gave no answer in {self._timeout:g} seconds") from None
         except requests.RequestException as error:
@@ -229,7 +230,7 @@ class Endpoint(UnsureJudge):
                 f"there is no judge's endpoint at {self._url} ({type(error).__name__}): is the server running, and the URL "
                 "right? Without one, Lexicon() judges offline"
             ) from None
-        said = self._without_key(answer.text[:_SHOWN])
+        said = self._without_key(answer.text)[:_SHOWN]
         status = answer.status_code
         if status in (408, 409, 425, 429) or status >= 500:
             raise _TryAgain(
@@ -260,10 +261,21 @@ class Endpoint(UnsureJudge):
         return content
 
     def _key(self) -> str | None:
-        return os.environ.get(self._key_env) if self._key_env else None
+        key = os.environ.get(self._key_env, "").strip() if self._key_env else ""  # files with keys end in a newline
+        if not (key.isascii() and key.isprintable()):
+            raise JudgeError(f"the key in {self._key_env} has signs in it that no HTTP header may have: set it anew")
+        return key or None
+
+    def _refuse_plain_http(self) -> None:
+        if self._key() and urlsplit(self._url).scheme == "http" and not _is_local(self._url):
+            raise JudgeError(
+                f"the key in {self._key_env} would go to {urlsplit(self._url).hostname} over plain http, for all to read: "
+                "use https, or api_key_env=None if the endpoint needs no key"
+            )
 
     def _sign(self, request: Any) -> Any:
         """Put the key on a request. Given in any case, so that no password from elsewhere (.netrc) is sent instead."""
+        self._refuse_plain_http()  # the key may be there only by now
         key = self._key()
         if key:
             request.headers["Authorization"] = f"Bearer {key}"

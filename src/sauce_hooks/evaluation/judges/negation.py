@@ -40,6 +40,8 @@ class Cues:
     doubts: tuple[tuple[str, ...], ...]
     """Cues that put what follows forward as a possibility ("might")."""
     stops: frozenset[str]
+    embeds: frozenset[str]
+    """Words that put one thing into the phrase of another ("of", "whose")."""
     verbs: frozenset[str]
     joins: frozenset[str]
     """"and": ends a scope if a new clause or a new thing follows."""
@@ -93,13 +95,28 @@ def standing(sentence: Sentence, start: int, end: int, language: str) -> Standin
             if _reaches(sentence, after, start, known, up_to_verb) and not _presupposed(sentence, after, start, known):
                 return "denied"
     for before, _ in real(known.denies_before):
-        between = [word.form for word in sentence[end:before]]
-        if end <= before <= end + BACKWARD and not any(word in known.stops or word == "," for word in between):
+        if end <= before <= end + BACKWARD and _is_subject(sentence, start, end, before, known):
             return "denied"
     for _, after in real(known.doubts):
         if _reaches(sentence, after, start, known, False) and not _presupposed(sentence, after, start, known):
             return "supposed"
     return "supposed" if sentence[-1].form in ("?", "？") else "affirmed"
+
+
+def _is_subject(sentence: Sentence, start: int, end: int, before: int, known: Cues) -> bool:
+    """Whether the cue at `before` speaks of the thing itself: not of another's part, place or neighbour.
+
+    In "the tail of the tiger is not visible" and "a man in a red shirt whose face is not visible" it does not.
+    """
+    between = {word.form for word in sentence[end:before]}
+    if between & (known.stops | known.embeds | {","}):
+        return False
+    for word in reversed(sentence[:start]):
+        if word.form == "," or word.form in known.stops:
+            return True
+        if word.form in known.embeds:
+            return False
+    return True
 
 
 def _reaches(sentence: Sentence, after: int, start: int, known: Cues, up_to_verb: bool) -> bool:

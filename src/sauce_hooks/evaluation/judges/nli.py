@@ -69,7 +69,8 @@ class NLI(UnsureJudge):
         self._model, self._tokenizer = model.eval(), tokenizer
         self._entailment = _entailment(config.id2label)
         self._hypothesis, self._unsure, self._batch_size = hypothesis, unsure, batch_size
-        self._name = f"nli-1 {name or Path(str(config.name_or_path)).name or type(model).__name__}"
+        called = name or Path(str(config.name_or_path)).name or type(model).__name__
+        self._name = f"nli-1 {called}, unsure {unsure[0]:g} to {unsure[1]:g}, {hypothesis('X')!r}"
 
     @classmethod
     def load(cls, folder: str | Path, **settings: Any) -> NLI:
@@ -94,7 +95,7 @@ class NLI(UnsureJudge):
 
     @property
     def name(self) -> str:
-        """The model's name."""
+        """The model's name, the bounds, and what must be entailed of a concept X."""
         return self._name
 
     def verdicts(self, texts: Sequence[str], concept: str) -> list[Verdict]:
