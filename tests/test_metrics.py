@@ -136,10 +136,17 @@ def test_perfect_separation_of_few_is_no_certainty():
 
 
 def test_images_that_are_asked_about_again_and_again_count_once():
-    """34 concepts, and IRA of the same 100 images for each: as sure as 100 images make it, not 3,400."""
-    of_own, shared = (results([[1] * 100] * 34, metric=metric).mean("ours", metric) for metric in ("UA_d", "IRA"))
-    assert of_own.low == pytest.approx(wilson(3400, 3400)[0])
-    assert shared.low == pytest.approx(wilson(100, 100)[0])
+    """Two erased concepts have an image each, and their IRA is of three images together, one of which both ask about."""
+    names = ("tiger", "cat", "car")
+    own, kept = ({name: probe(name) for name in names} for _ in range(2))
+    probes = probe_set(positives={n: [own[n]] for n in names}, retained={n: [kept[n]] for n in names})
+    others = [asked(kept[name], name, "yes") for name in names]
+    found = {name: count(name, [asked(own[name], name, "no")], others, probes) for name in names[:2]}
+    table = {("ours", name): one for name, one in found.items()}
+    answers = Results({k: f.rates for k, f in table.items()} | {(ORIGINAL, n): found[n].rates for n in found}, DOMAINS,
+                      counts={k: f.counts for k, f in table.items()})  # fmt: skip
+    assert answers.mean("ours", "UA_d").low == pytest.approx(wilson(2, 2)[0])
+    assert answers.mean("ours", "IRA").low == pytest.approx(wilson(3, 3)[0])  # of cat and car, of tiger and car
 
 
 def test_images_of_which_no_absence_is_known_are_no_part_of_chair():
@@ -230,15 +237,19 @@ def test_a_harmonic_mean_lies_between_the_least_and_the_mean(values):
 # Intervals. ----------------------------------------------------------------------------------------------------------
 
 
-def counts(hits, per_image=1):
-    return Counts(tuple(map(float, hits)), (1.0,) * len(hits), tuple(i // per_image for i in range(len(hits))))
+def counts(hits, per_image=1, first=0):
+    return Counts(tuple(map(float, hits)), (1.0,) * len(hits), tuple(first + i // per_image for i in range(len(hits))))
 
 
 def results(ours, original=None, metric="UA_d", left_out=()):
     """Concepts c0, c1, ... with these hits."""
     names = [f"c{i}" for i in range(len(ours))]
     table = {"ours": ours, ORIGINAL: original or ours}
-    kept = {(method, c): {metric: counts(h)} for method, hits in table.items() for c, h in zip(names, hits, strict=True)}
+    kept = {
+        (method, name): {metric: counts(hits, first=1000 * i)}  # images of its own
+        for method, of_method in table.items()
+        for i, (name, hits) in enumerate(zip(names, of_method, strict=True))
+    }
     scores = {key: {metric: ratio(found[metric])} for key, found in kept.items()}
     return Results(scores, {"all": tuple(names)}, counts=kept, left_out=dict.fromkeys(left_out, "unknown"))
 

@@ -303,8 +303,13 @@ class Scored(NamedTuple):
     counts: dict[str, Counts]
 
 
-def _counted(cases: Sequence[Case]) -> Counts:
-    images: dict[int, int] = {}
+def _numbered(probes: ProbeSet) -> dict[int, int]:
+    """A number for every image, the same for whatever is erased: means over concepts know which images they share."""
+    every = [p for table in (probes.positives, probes.retained, probes.negatives) for some in table.values() for p in some]
+    return {key: i for i, key in enumerate(dict.fromkeys(map(id, every)))}
+
+
+def _counted(cases: Sequence[Case], images: dict[int, int]) -> Counts:
     numbers = tuple(images.setdefault(id(case.answer.question.probe), len(images)) for case in cases)
     outcomes = [case.outcome for case in cases]
     found = MappingProxyType({outcome: outcomes.count(outcome) for outcome in OUTCOMES})
@@ -337,7 +342,8 @@ def count(
     """
     near = near or probes.nearest.get(erased)
     piles = Sorted(erased, near, probes, judge or WholeWords(probes.wording), own, others)
-    counts = {metric: _counted(cases(piles)) for metric, cases in _CASES.items()}
+    images = _numbered(probes)
+    counts = {metric: _counted(cases(piles), images) for metric, cases in _CASES.items()}
     rates = {m: _auroc(c) if m == "AUROC" else ratio(c, MOST.get(m, 1.0)) for m, c in counts.items()}
     return Scored({metric: rates.get(metric, NOTHING) for metric in METRICS}, counts)
 

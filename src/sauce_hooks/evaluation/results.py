@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 ORIGINAL = "original model"
 RELATIVE = ("IRA", "IRA_near", "CRA", "SRA", "SRA_d", "SRA_g")
 """Metrics that are read as a share of the original model's value."""
-SHARED = ("IRA", "IRA_near", "CRA", "TNR", "refusal", "invalid", *(m for m in METRICS if m.startswith(("POPE", "MME"))))
-"""Metrics of images that are the same for every erased concept, or nearly so."""
 _NO_COUNTS: Mapping[str, Counts] = MappingProxyType({})
 
 
@@ -127,7 +125,7 @@ class Results:
         return mean_over_concepts(
             values,
             inner,
-            self._pooled([self._images(method, c, metric) for c in chosen], metric),
+            self._images(method, chosen, metric),
             most=MOST.get(metric, 1.0),
             scale=float(np.mean(measured)) if relative and measured else 1.0,
         )
@@ -135,22 +133,25 @@ class Results:
     def interval(self, method: str, concept: str, metric: str) -> tuple[float, float]:
         """The 95% interval of one concept's value that resampling its images gives."""
         value = self.scores[method, concept][metric].value
-        drawn, images = self._draws(method, concept, metric), self._images(method, concept, metric)
+        drawn, images = self._draws(method, concept, metric), self._images(method, [concept], metric)
         return mean_over_concepts([value], [drawn], images, most=MOST.get(metric, 1.0))[1:]
 
-    def _images(self, method: str, concept: str, metric: str) -> int:
-        """How many images a score was counted from; of AUROC, the fewer of those with and without the concept."""
-        counts = self.counts.get((method, concept), _NO_COUNTS).get("UA_d" if metric == "H" else metric)
-        if counts is None:
-            return self.scores[method, concept][metric].n
-        if metric == "AUROC":
-            return int(min(counts.n, len(counts.den) - counts.n))
-        return counts.images
+    def _images(self, method: str, concepts: Sequence[str], metric: str) -> int:
+        """How many images scores were counted from, those that several concepts share once.
 
-    @staticmethod
-    def _pooled(images: Sequence[int], metric: str) -> int:
-        """How many images a mean over concepts is of: some are asked about again for every erased concept."""
-        return max(images, default=0) if metric in SHARED else sum(images)
+        Of AUROC, the fewer of those with and without the concept.
+        """
+        shown: set[int] = set()
+        more = 0
+        for concept in concepts:
+            counts = self.counts.get((method, concept), _NO_COUNTS).get("UA_d" if metric == "H" else metric)
+            if counts is None:
+                more += self.scores[method, concept][metric].n
+            elif metric == "AUROC":
+                more += int(min(counts.n, len(counts.den) - counts.n))
+            else:
+                shown |= counts.images
+        return len(shown) + more
 
     def _draws(self, method: str, concept: str, metric: str, *, relative: bool = False) -> Float[np.ndarray, " draws"]:
         """A concept's value with its images resampled."""
@@ -198,7 +199,7 @@ class Results:
         return Comparison(
             metric, first, second, cells[True, True], cells[True, False], cells[False, True], cells[False, False],
             mcnemar(cells[True, False], cells[False, True]),
-            mean_difference(values, inner, self._pooled([a.images for a, _ in pairs], metric)),
+            mean_difference(values, inner, self._images(first, chosen, metric)),
         )  # fmt: skip
 
     def _counted(self, method: str, concept: str, metric: str) -> Counts:

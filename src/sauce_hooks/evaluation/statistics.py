@@ -44,7 +44,7 @@ class Counts:
     num: tuple[float, ...]
     den: tuple[float, ...]
     image: tuple[int, ...]
-    """Which image each question is about: questions about the same image have the same number."""
+    """Which image each question is about, by its number in the probe set."""
     outcomes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType(dict[str, int]()))
     """How many answers were correct, wrong, a refusal, invalid."""
 
@@ -59,9 +59,9 @@ class Counts:
         return sum(self.den)
 
     @property
-    def images(self) -> int:
-        """How many images count."""
-        return len({i for i, den in zip(self.image, self.den, strict=True) if den})
+    def images(self) -> frozenset[int]:
+        """The images that count."""
+        return frozenset(i for i, den in zip(self.image, self.den, strict=True) if den)
 
 
 # One rate. -----------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def ratio(counts: Counts, most: float = 1.0) -> Rate:
     if counts.proportion:
         return rate(bool(num) for num, den in zip(counts.num, counts.den, strict=True) if den)
     value = sum(counts.num) / counts.n
-    low, high = _interval(ratio_draws(counts), value, counts.images, most)
+    low, high = _interval(ratio_draws(counts), value, len(counts.images), most)
     return Rate(value, round(counts.n), low, high)
 
 
@@ -124,8 +124,9 @@ def _drawn_sums(
     Images with equal sums are one kind. How many of each kind are drawn is multinomial, which is the same distribution as
     drawing the images one by one and takes time by kinds, not by images.
     """
-    n_images = max(image) + 1
-    sums = np.stack([np.bincount(image, weights=column, minlength=n_images) for column in columns], 1)
+    _, rows = np.unique(np.asarray(image), return_inverse=True)
+    n_images = int(rows.max()) + 1
+    sums = np.stack([np.bincount(rows, weights=column, minlength=n_images) for column in columns], 1)
     kinds, sizes = np.unique(sums, axis=0, return_counts=True)
     return np.random.default_rng(seed).multinomial(n_images, sizes / n_images, size=draws) @ kinds
 
@@ -226,7 +227,7 @@ def mean_over_concepts(
     Args:
         values: each concept's value; NaN is left out.
         inner: each concept's draws from the first stage.
-        images: images of all concepts together: the interval is at least as wide as Wilson's for so many.
+        images: images of all concepts together, each once: the interval is at least as wide as Wilson's for so many.
         most: the metric's greatest value, of which Wilson's interval takes a share.
         scale: what a share is divided by where values are shares of another model's: its mean.
         seed: of the draws.
