@@ -23,7 +23,8 @@ from sauce_hooks.evaluation.baselines import (
 from sauce_hooks.evaluation.baselines import training as module
 from sauce_hooks.evaluation.baselines.losses import cross_entropy, kl_divergence
 from sauce_hooks.evaluation.baselines.training import said_by
-from sauce_hooks.evaluation.baselines.weights import fingerprint_of, make_student
+from sauce_hooks.evaluation.baselines.weights import make_student
+from sauce_hooks.evaluation.store import fingerprint_of
 from tiny import logits, model_inputs, pictures, snapshot, weights
 
 pytest.importorskip("peft")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sauce_hooks.activations.images import to_device
 from sauce_hooks.evaluation.probes import Question, Wording
 
 Status = Literal["yes", "no", "refusal", "invalid", "text"]
@@ -151,20 +152,22 @@ def first_tokens(words: Sequence[str], tokenizer: Any) -> list[int]:
     return sorted({tokens[0] for tokens in ids if tokens and tokens[0] != tokenizer.unk_token_id})
 
 
+def yes_no_tokens(wording: Wording, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a yes and a no begin with, without those that both do: such a byte says nothing."""
+    yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
+    both = set(yes) & set(no)
+    return [token for token in yes if token not in both], [token for token in no if token not in both]
+
+
 @torch.no_grad()
 def ask(model: nn.Module, batches: Sequence[Batch], wording: Wording, processor: Any) -> Iterator[Answer]:
     """Every question's answer, greedily decoded, in the order of the batches."""
     parameter = next(model.parameters())
     tokenizer = processor.tokenizer
-    yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
+    yes, no = yes_no_tokens(wording, tokenizer)
     generator: Any = model
-    both = set(yes) & set(no)  # a byte that a yes and a no begin with says nothing
-    yes, no = ([token for token in tokens if token not in both] for tokens in (yes, no))
     for batch in batches:
-        given = batch.inputs
-        inputs = {
-            name: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None) for name, t in given.items()
-        }
+        inputs = to_device(batch.inputs, parameter)
         describing = batch.questions[0].kind == "describe"
         output = generator.generate(
             **inputs,

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 
 from sauce_hooks.bank import Rate
@@ -23,6 +22,7 @@ from sauce_hooks.bank.files import write_text_atomically
 from sauce_hooks.errors import ResumeError
 from sauce_hooks.evaluation.probes import PROTOCOL_VERSION, Probe, ProbeSet, Wording
 from sauce_hooks.evaluation.statistics import Counts
+from sauce_hooks.hookpoint import unwrap
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def settings_of(model: nn.Module, probes: ProbeSet, judge: str) -> dict[str, Any
     """The protocol's version and digests of the model, the images with their labels, and the words."""
     return {
         "protocol": PROTOCOL_VERSION,
-        "model": _digest(_weights(model)),
+        "model": fingerprint_of(model)[:16],
         "probes": _digest(_images(probes)),
         "wording": _digest(_words(probes.wording, probes.concepts)),
         "judge": judge,
@@ -166,13 +166,15 @@ def _digest(parts: Iterable[object]) -> str:
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
-def _weights(model: nn.Module) -> Iterable[object]:
-    """Of every weight its shape and first numbers: what another model, or another training of it, differs in."""
-    for name, tensor in model.named_parameters():
-        yield name, tuple(tensor.shape)
-        if tensor.device.type != "meta":
-            yield tensor.flatten()[:8].float().tolist()
+def fingerprint_of(model: nn.Module) -> str:
+    """A digest of every weight's name, shape and some of its values: equal models have equal ones."""
+    hashed = hashlib.sha256()
+    for name, p in sorted(unwrap(model).named_parameters()):
+        flat = p.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes() if not p.is_meta else b""
+        hashed.update(f"{name}{tuple(p.shape)}".encode())
+        hashed.update(some)
+    return hashed.hexdigest()
 
 
 def _images(probes: ProbeSet) -> Iterable[object]:

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sauce_hooks.activations.images import to_device
 from sauce_hooks.errors import AttackError
-from sauce_hooks.evaluation.answers import Batch, first_tokens, prepare
+from sauce_hooks.evaluation.answers import prepare, yes_no_tokens
 from sauce_hooks.evaluation.attacks.record import Leak
 from sauce_hooks.evaluation.attacks.subject import Subject, compare
 from sauce_hooks.evaluation.probes import Question
@@ -49,9 +50,10 @@ class AdversarialImages:
         shown: dict[int, Tensor] = {}
         with subject.forget(), evaluating(subject.model):
             for batch in prepare(questions, wording, processor, subject.batch_size):
-                space = PixelSpace.of(processor, batch.inputs)
-                margin = _margin(subject, batch, space)
-                images = space.images(batch.inputs["pixel_values"])
+                inputs = batch.inputs  # made anew each time they are asked for
+                space = PixelSpace.of(processor, inputs)
+                margin = _margin(subject, inputs, space)
+                images = space.images(inputs["pixel_values"])
                 found = pgd(
                     margin, images, epsilon=self.epsilon, step=self.step, steps=self.steps,
                     restarts=self.restarts, seed=self.seed,
@@ -164,18 +166,14 @@ def _numbers(values: Any) -> list[float]:
     return [float(value) for value in values] if isinstance(values, Sequence) else []
 
 
-def _margin(subject: Subject, batch: Batch, space: PixelSpace) -> Margin:
-    """logit(yes) − logit(no) of the first token of the answer, of images in the place of the batch's."""
+def _margin(subject: Subject, given: Mapping[str, Tensor], space: PixelSpace) -> Margin:
+    """logit(yes) − logit(no) of the first token of the answer, of images in the place of those given."""
     parameter = next(subject.model.parameters())
     tokenizer, wording = subject.processor.tokenizer, subject.probes.wording
-    yes, no = (first_tokens(words, tokenizer) for words in (wording.yes, wording.no))
-    both = {*yes} & {*no}  # as the margin that is reported
-    yes, no = ([token for token in tokens if token not in both] for tokens in (yes, no))
+    yes, no = yes_no_tokens(wording, tokenizer)
     if not yes or not no:
         raise AttackError("yes and no begin with the same tokens: their margin has no gradient")
-    inputs = {
-        name: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None) for name, t in batch.inputs.items()
-    }
+    inputs = to_device(given, parameter)
     model: Any = subject.model
 
     def margin(images: Tensor) -> Tensor:

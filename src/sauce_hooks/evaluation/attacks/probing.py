@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sauce_hooks.activations.images import to_device
 from sauce_hooks.bank import Rate
 from sauce_hooks.errors import AttackError
 from sauce_hooks.evaluation.answers import prepare
@@ -87,12 +88,7 @@ def received(subject: Subject, probes: Sequence[Probe]) -> Float[Tensor, "images
     try:
         for batch in batches:
             seen.clear()
-            model(
-                **{
-                    name: t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
-                    for name, t in batch.inputs.items()
-                }
-            )
+            model(**to_device(batch.inputs, parameter))
             acts_utd = torch.cat(seen).float()  # a tower may run once for each image
             n = len(batch.questions)
             if point.layout.shape != "batch" or len(acts_utd) % n:

@@ -19,6 +19,7 @@ from sauce_hooks.evaluation.measure import chat_prompt
 from sauce_hooks.evaluation.probes import Wording
 from sauce_hooks.evaluation.run import Method
 from sauce_hooks.sae import VisionSAE
+from sauce_hooks.sae.provenance import provenance_of
 
 INSTRUCTION = "Do not mention {}, and act as if you could not see it."
 _QUESTION = "QUESTION"
@@ -106,7 +107,7 @@ def reconstruction_only(model: nn.Module, sae: VisionSAE) -> Method:
         del concept
         return ConceptEraser(model, sae, [[0]], gamma=1.0, preserve_error=False)
 
-    return Known(method, {"sae": Erasing(model, sae).settings["sae"]})
+    return Known(method, {"sae": provenance_of(sae)["sae"]})
 
 
 def projected(model: nn.Module, sae: VisionSAE, sets: ContrastSets, *, processor: Any, kind: str) -> Method:
@@ -121,4 +122,4 @@ def projected(model: nn.Module, sae: VisionSAE, sets: ContrastSets, *, processor
             learn_projection(model, apart, concept, *sets(concept), processor=processor, method=kind)
         return ConceptEraser(model, apart, [concept])
 
-    return Known(method, {"kind": kind, "sae": Erasing(model, sae).settings["sae"]})
+    return Known(method, {"kind": kind, "sae": provenance_of(sae)["sae"]})

@@ -21,13 +21,13 @@ from sauce_hooks.evaluation.baselines.weights import (
     Kind,
     Parts,
     Student,
-    fingerprint_of,
     make_student,
     read_weights,
     write_weights,
 )
 from sauce_hooks.evaluation.fitting import fit
 from sauce_hooks.evaluation.loss_added import Answered, AnsweredBatch, prepare_answers
+from sauce_hooks.evaluation.store import fingerprint_of
 from sauce_hooks.hookpoint import untouched, unwrap
 
 _NOT_ASKED = -100

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -130,17 +129,6 @@ def make_student(model: nn.Module, *, kind: Kind, parts: Parts, rank: int, adapt
     }
     trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
     return Student(student, kind, modules, trained)
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """A digest of every weight's name, shape and some of its values: equal models have equal ones."""
-    hashed = hashlib.sha256()
-    for name, p in sorted(unwrap(model).named_parameters()):
-        flat = p.detach().reshape(-1)
-        some = flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes() if not p.is_meta else b""
-        hashed.update(f"{name}{tuple(p.shape)}".encode())
-        hashed.update(some)
-    return hashed.hexdigest()
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], made_with: Mapping[str, Any]) -> None:
