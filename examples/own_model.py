@@ -1,7 +1,6 @@
 # %% [markdown]
 # # Bring your own vision-language model
-# From a model that transformers loads to an erased concept: find the place, train an SAE on images, learn, erase.
-# Here the model is the bundled one, loaded as any other is; put in the id of yours and your own photos.
+# Find the place, train an SAE on images, learn a concept, erase it. The model here is the bundled one, loaded as any other.
 
 # %%
 import tempfile

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Serving: each row of a batch forgets what its user asked for
-# A small FastAPI app. One request brings several images, each with what is to be forgotten; the words come back as they
-# are generated, one JSON line for each. Needs `pip install 'sauce-hooks[examples]'`; serve it with `uvicorn serving:app`.
+# One request brings several images, each with what is to be forgotten; words come back as they are generated, a JSON line
+# for each step. Needs `pip install 'sauce-hooks[examples]'`.
 
 # %%
 import base64
@@ -9,19 +9,18 @@ import io
 import json
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 from fastapi import FastAPI
-from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import BaseModel
-from transformers.generation.streamers import BaseStreamer
 
 import sauce_hooks as sh
 
 model, processor, sae = sh.scenes.load()
-one_at_a_time = threading.Lock()  # rows of one batch differ; two batches at once would have to be one
+one_at_a_time = threading.Lock()
+app = FastAPI()  # `uvicorn serving:app`
 
 
 class Row(BaseModel):
@@ -29,31 +28,23 @@ class Row(BaseModel):
     forget: list[str] = []
 
 
-class Words(queue.Queue, BaseStreamer):  # transformers' own streamer takes one row only
+class Words(queue.Queue):  # transformers' own streamer takes one row only
     def end(self) -> None:
         self.put(None)
 
 
-def answers(rows: list[Row]) -> Iterator[str]:
+@app.post("/describe")
+def describe(rows: list[Row]) -> Iterable[list[str]]:
     images = [Image.open(io.BytesIO(base64.b64decode(row.image))) for row in rows]
-    prompts = [sh.scenes.describe_prompt()] * len(rows)
-    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
+    inputs = processor(images=images, text=[sh.scenes.describe_prompt()] * len(rows), return_tensors="pt", padding=True)
     words = Words()
     with one_at_a_time, sh.ConceptEraser(model, sae, []).for_rows([row.forget for row in rows]):
         thread = threading.Thread(target=model.generate, kwargs={**inputs, "streamer": words, "do_sample": False})
         thread.start()  # an eraser of scope "model", the default, reaches it
         words.get()  # the prompt
         for ids in iter(words.get, None):
-            yield json.dumps([processor.decode([i], skip_special_tokens=True) for i in ids]) + "\n"
+            yield [processor.decode([i], skip_special_tokens=True) for i in ids]
         thread.join()
-
-
-app = FastAPI()
-
-
-@app.post("/describe")
-def describe(rows: list[Row]) -> StreamingResponse:
-    return StreamingResponse(answers(rows), media_type="application/x-ndjson")
 
 
 # %%
@@ -62,6 +53,6 @@ scene.image.save(file := io.BytesIO(), "png")
 image = base64.b64encode(file.getvalue()).decode()
 users = ([], ["red"], ["tiger"])
 with TestClient(app).stream("POST", "/describe", json=[{"image": image, "forget": user} for user in users]) as reply:
-    columns = zip(*map(json.loads, reply.iter_lines()), strict=True)
+    columns = list(zip(*map(json.loads, filter(None, reply.iter_lines())), strict=True))
 for user, words in zip(users, columns, strict=True):
     print(f"forget {', '.join(user) or 'nothing'}:", " ".join(filter(None, words)))

@@ -159,8 +159,8 @@ SHAPED = {"Float", "Int", "Integer", "Bool", "Shaped", "Num", "Real", "Inexact",
 
 
 def _bare(annotation: ast.AST) -> bool:
-    if isinstance(annotation, ast.Subscript) and getattr(annotation.value, "id", None) in SHAPED:
-        return False
+    if isinstance(annotation, ast.Subscript) and getattr(annotation.value, "id", None) in (*SHAPED, "dict", "Mapping"):
+        return False  # tensors by name differ in shape
     if isinstance(annotation, ast.Name) and annotation.id == "Tensor":
         return True
     return any(_bare(child) for child in ast.iter_child_nodes(annotation))
@@ -199,3 +199,47 @@ def words(node: ast.AST) -> set[str]:
         for inner in ast.walk(node)
         if isinstance(inner, ast.Name | ast.Attribute)
     }
+
+
+@cache
+def _callers() -> tuple[tuple[str, frozenset[str], Path], ...]:
+    """Of every definition at the top of a module: its name, the names in it, and its room."""
+    found: list[tuple[str, frozenset[str], Path]] = []
+    for path in sorted(SRC.rglob("*.py")):
+        for node in tree(path).body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            name = getattr(node, "name", None) or getattr(target, "id", None)
+            if name:
+                found.append((name, frozenset(words(node) | _quoted(node)), path.parent))
+    return tuple(found)
+
+
+def _quoted(node: ast.AST) -> set[str]:
+    """Annotations that stand in quotes."""
+    return {
+        n.value
+        for n in ast.walk(node)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier()
+    }
+
+
+def reached(seen: set[str]) -> set[str]:
+    """`seen`, and what is named by a definition that is seen: in the same room, or in a public one's own definition."""
+    seen = set(seen)
+    own = {(name.name, name.file.parent) for name in names()}
+    homes: dict[str, set[Path]] = {}
+    for name in names():
+        homes.setdefault(name.name, set()).add(name.file.parent)
+    while True:
+        more = {
+            word
+            for name, inside, room in _callers()
+            if name in seen
+            for word in inside
+            if word not in seen
+            and (word in homes or word.startswith("_"))
+            and ((name, room) in own or room in homes.get(word, {room}))
+        }
+        if not more:
+            return seen
+        seen |= more

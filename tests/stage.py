@@ -103,6 +103,15 @@ def answer_requests(monkeypatch: Any) -> None:
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
 
 
+def be_brief(monkeypatch: Any) -> None:
+    """Let the command line look at few of the bundled scenes; what it does with each stays what it is."""
+    from sauce_hooks import cli
+
+    few = {"_ANSWERED": 4, "_BUNDLED_IMAGES": 16, "_CONCEPT_SCENES": 8, "_SIBLING_SCENES": 4}
+    for name, n in few.items():
+        monkeypatch.setattr(cli, name, n)
+
+
 # Folders. -------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +201,14 @@ ALSO: Mapping[str, tuple[str, ...]] = {
 
 
 def _strings(source: str) -> list[str]:
-    return [n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    """The strings of a program; an f-string is not one, as what it says is not yet known."""
+    nodes = list(ast.walk(ast.parse(source)))
+    parts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts
+    ]
 
 
 def _mentioned(page: str) -> list[str]:

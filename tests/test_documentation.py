@@ -1,11 +1,32 @@
-"""Every block of the documentation runs as printed."""
+"""The documentation is true: blocks run as printed, laws name the properties that hold them, commands exist."""
 
 from __future__ import annotations
+
+import ast
+import re
+from functools import cache
 
 import pytest
 
 import stage
-from documents import PAGES, blocks, docstring_files
+from documents import LANGUAGES, PAGES, ROOT, blocks, check_sauce_hooks, commands, docstring_files, language, parse
+
+pytestmark = pytest.mark.xdist_group("documentation")  # one loaded model for all pages, where xdist groups tests
+
+NOT_RUN = {
+    "README.md": 1,
+    "docs/attacks.md": 1,
+    "docs/baselines.md": 1,
+    "docs/training.md": 1,
+    "docs/words.md": 1,
+}
+"""How many blocks of a page are only checked. One more is a decision, and stands here."""
+LONG = {"README.md", "docs/attacks.md", "docs/baselines.md", "docs/lasting.md", "docs/concepts.md", "docs/training.md"}
+"""Pages that take more than a few seconds."""
+WITH_BLOCKS = [page for page in (*PAGES, *docstring_files()) if blocks(page)]
+
+
+# Blocks. --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +43,131 @@ def home(tmp_path, monkeypatch, downloads):
     monkeypatch.chdir(tmp_path / "home")
     stage.use_hub(downloads, tmp_path / "uploads", monkeypatch)
     stage.answer_requests(monkeypatch)
+    stage.be_brief(monkeypatch)
     return tmp_path / "home"
 
 
-WITH_BLOCKS = [page for page in (*PAGES, *docstring_files()) if blocks(page)]
+@pytest.mark.parametrize("page", [pytest.param(p, marks=[pytest.mark.slow] if p in LONG else []) for p in WITH_BLOCKS])
+def test_every_block_runs_as_printed(page, home):
+    stage.run(page, home)
 
 
 @pytest.mark.parametrize("page", WITH_BLOCKS)
-def test_every_block_runs_as_printed(page, home):
-    stage.run(page, home)
+def test_every_block_says_what_it_is(page):
+    assert [language(region) for region, _ in blocks(page) if language(region) not in LANGUAGES] == []
+
+
+def test_what_is_not_run_is_marked_with_a_reason_and_counted():
+    marked = {page: [reason for _, reason in blocks(page) if reason is not None] for page in WITH_BLOCKS}
+    assert {page: len(reasons) for page, reasons in marked.items() if reasons} == NOT_RUN
+    assert all(reason.strip() for reasons in marked.values() for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("```python\n1 / 0\n```\n", ZeroDivisionError),
+        ("```python\nprint(2)\n```\n\n```text\n3\n```\n", AssertionError),
+        ("```text\nwhose?\n```\n", AssertionError),
+        ("```\nls\n```\n", AssertionError),
+        ("```sh\nrm -r .\n```\n", AssertionError),
+        ("<!-- not run: long -->\n```sh\nsauce-hooks tabel\n```\n", AssertionError),
+        ("<!-- not run: long -->\n```sh\nsauce-hooks table --outt x\n```\n", Exception),
+        ("<!-- not run: long -->\n```sh\nmake tea\n```\n", AssertionError),
+        ("<!-- not run: long -->\n```sh\npip install 'sauce-hooks[tea]'\n```\n", AssertionError),
+        ("<!-- not run: long -->\n```sh\npython -m sauce_hooks.scenes.rivals --tea\n```\n", Exception),
+        ("<!-- not run: long -->\n```python\nif\n```\n", SyntaxError),
+    ],
+)
+def test_what_is_wrong_on_a_page_is_noticed(text, wrong, tmp_path):
+    (tmp_path / "page.md").write_text(text)
+    with pytest.raises(wrong):
+        for example in parse(str(tmp_path / "page.md")):
+            example.evaluate()
+
+
+def test_what_is_right_on_a_page_passes(tmp_path):
+    marked = (
+        "<!-- not run: long -->\n```sh\nmake test ARGS=-x\npip install 'sauce-hooks[dev]'\nsauce-hooks table --out x\n```\n"
+    )
+    page = f"```python\nprint(1 + 1)\n```\n\n```text\n2\n```\n\n{marked}"
+    (tmp_path / "page.md").write_text(page)
+    for example in parse(str(tmp_path / "page.md")):
+        example.evaluate()
+
+
+def test_no_code_hides_in_indentation():
+    from markdown_it import MarkdownIt
+
+    for page in PAGES:
+        tokens = MarkdownIt().enable("table").parse((ROOT / page).read_text(encoding="utf-8"))
+        assert [token.content for token in tokens if token.type == "code_block"] == [], page
+
+
+def test_every_verb_has_an_example_that_it_understands():
+    import typer
+
+    from sauce_hooks.cli import app
+
+    def verbs(group, path):
+        for name, verb in group.commands.items():
+            yield from verbs(verb, [*path, name]) if hasattr(verb, "commands") else [([*path, name], verb)]
+
+    for path, verb in verbs(typer.main.get_command(app), []):
+        examples = [commands(text)[0] for text in re.findall(r"`(sauce-hooks [^`]+)`", verb.help or "")]
+        own = [words for words in examples if words[1 : 1 + len(path)] == path]
+        assert own, f"the help of `sauce-hooks {' '.join(path)}` shows no example of it"
+        for words in own:
+            check_sauce_hooks(words[1:])
+
+
+# Laws. ----------------------------------------------------------------------------------------------------------------
+
+REFERENCE = re.compile(r"tests/(\w+\.py)(?:::(\w+))?")
+
+
+@cache
+def tests_in(file: str) -> dict[str, ast.FunctionDef]:
+    found = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+    return {node.name: node for node in ast.walk(found) if isinstance(node, ast.FunctionDef)}
+
+
+def is_property(file: str, name: str) -> bool:
+    """Whether hypothesis makes up its examples."""
+    called = [d.func for d in tests_in(file)[name].decorator_list if isinstance(d, ast.Call)]
+    return any(isinstance(f, ast.Name) and f.id == "given" for f in called)
+
+
+def laws() -> list[tuple[str, str, str]]:
+    """Page, law and what stands in its column `property`, of every table of laws; and every paragraph that is one."""
+    found: list[tuple[str, str, str]] = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|\n"))] for line in table.splitlines()]
+            if "law" in rows[0]:
+                assert "property" in rows[0], f"{page}: a table of laws without a column `property`"
+                column = rows[0].index("property")
+                found += [(page, row[0], row[column]) for row in rows[2:]]
+        found += [(page, part[:60], part) for part in re.split(r"\n\s*\n", text) if part.startswith("**Law")]
+    return found
+
+
+def test_every_law_names_a_property_that_holds_it():
+    assert {law for page, law, _ in laws() if page == "docs/method.md"} == {
+        "Null edit", "Clean exit", "Never silent", "Union", "Locality", "Sparse equals dense", "Rows are independent",
+        "Round trips", "Any dtype",
+    }  # fmt: skip
+    for page, law, said in laws():
+        named = [(file, name) for file, name in REFERENCE.findall(said) if name]
+        assert named, f"{page}: the law {law!r} names no property"
+        for file, name in named:
+            assert name in tests_in(file), f"{page}: there is no {name} in tests/{file}"
+            assert is_property(file, name), f"{page}: {name} in tests/{file} is no property of hypothesis"
+
+
+def test_every_test_that_the_documentation_names_exists():
+    for page in PAGES:
+        for file, name in REFERENCE.findall((ROOT / page).read_text(encoding="utf-8")):
+            assert (ROOT / "tests" / file).is_file(), f"{page}: tests/{file}"
+            assert not name or name in tests_in(file), f"{page}: {name} in tests/{file}"

@@ -133,6 +133,9 @@ class Erasers:
         Args:
             rows: the names of each row's concepts, which every SAE's bank must hold. Features are an SAE's own, and `sizes`
                 count other things at other places; for those join erasers for rows: `a.for_rows(...) | b.for_rows(...)`.
+
+        Raises:
+            EditError: features, or a concept made of them, in place of a name.
         """
         named = [[row] if isinstance(row, str) else list(row) for row in rows]
         own = [concept for row in named for concept in row if not isinstance(concept, str)]

@@ -1,0 +1,48 @@
+"""The scripts in examples/ run, print what they promise, stay short and open as notebooks."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+PRINTED = {
+    "quickstart.py": r"before: .*tiger.*\nerased: (?!.*tiger).*\nafter: +.*tiger",
+    "own_model.py": r"before: a tiger affirmed in (9|10) of 10 .*\nerased: a tiger affirmed in [0-5] of 10",
+    "contrast_from_folders.py": r"(?s)tuned: .*24 images of tiger.*UA_d +\d+% .*saved: +tiger\n",
+    "merging.py": r"merged, stacked and named at once are equal: True\n",
+    "serving.py": r"forget nothing: .*tiger.*\nforget red: (?!.*\bred\b).*tiger.*\nforget tiger: (?!.*tiger).*",
+    "nnsight_trace.py": r"equal to the context manager's: True\nafterwards as before: True",
+    "baselines.py": r"(?s)UA_d.*(?=.*GD)(?=.*SAUCE)(?=.*difference of means)(?=.*prompt only)(?=.*original model)",
+}
+"""By script, what its output must show."""
+LONG = {"own_model.py", "contrast_from_folders.py", "baselines.py"}
+"""Those that train or tune."""
+NEEDS = {"serving.py": ("fastapi", "httpx2"), "baselines.py": ("peft",)}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in sorted(PRINTED)])
+def test_it_runs_and_shows_what_it_says(name, capsys, tmp_path, monkeypatch):
+    for module in NEEDS.get(name, ()):
+        pytest.importorskip(module)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert re.search(PRINTED[name], printed), printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_script_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTED)
+
+
+@pytest.mark.parametrize("name", sorted(PRINTED))
+def test_it_is_short_says_what_it_shows_and_opens_as_a_notebook(name):
+    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 60
+    assert lines[0] == "# %% [markdown]" and re.fullmatch(r"# # \w.+", lines[1]) and re.fullmatch(r"# [A-Z].+", lines[2])
+    assert "# %%" in lines
