@@ -78,6 +78,7 @@ def _parse(verb: Any, given: Sequence[str]) -> None:
 
     assert isinstance(verb, TyperCommand)
     context = verb.make_context(verb.name, list(given), resilient_parsing=True)
+    context.resilient_parsing = False  # from here on what is wrong is said
     values, left, _ = verb.make_parser(context).parse_args(list(given))
     assert not left, f"{verb.name}: too much: {left}"
     missing = [p.name for p in verb.params if p.required and values.get(p.name) in (None, (), [])]
@@ -100,7 +101,7 @@ def check_make(words: Sequence[str]) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for word in words:
         name, assigned, _ = word.partition("=")
-        pattern = rf"^{name} \?= " if assigned else rf"^{name}:"
+        pattern = rf"^{name} \?=" if assigned else rf"^{name}:"
         assert re.search(pattern, makefile, re.MULTILINE), f"the Makefile has no {name}"
 
 

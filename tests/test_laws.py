@@ -35,6 +35,18 @@ def test_null_edits_change_no_bit_of_the_models_answer(own, architecture, featur
     assert torch.equal(inside, logits(own, inputs))
 
 
+@settings(max_examples=10)
+@given(architecture=architectures, features=features, gamma=st.sampled_from([-1.0, -0.5, 0.0, 1.0]), keep=st.booleans())
+def test_a_baked_model_gives_what_the_eraser_gives(own, architecture, features, gamma, keep):
+    sae = VisionSAE.wrap(make_sae(architecture, **ARCHITECTURES[architecture]), find_hook_point(own))
+    eraser = ConceptEraser(own, sae, [sorted(features)] if features else [], gamma=gamma, preserve_error=keep)
+    state = snapshot(own)
+    with eraser:
+        inside = logits(own)
+    assert torch.equal(logits(eraser.bake()), inside)
+    assert snapshot(own) == state
+
+
 ACTIONS = {
     "forward": lambda model, sae: logits(model),
     "generate": lambda model, sae: model.generate(**model_inputs(), max_new_tokens=2, do_sample=False),
