@@ -27,7 +27,7 @@ print(f"place:  {place.path}, {place.d_in} wide, block {place.layer + 1} of {pla
 # %%
 images = [scene.image for scene in sh.scenes.sample(240, seed=1, split="train")]
 out = Path(tempfile.mkdtemp()) / "sae"
-sae = sh.train_sae(model, images, processor=processor, preset="batchtopk", expansion=4, epochs=4, out=out, progress=False)
+sae = sh.train_sae(model, images, processor=processor, preset="batchtopk", epochs=8, batch_size=256, out=out, progress=False)
 print(f"SAE:    {sae.stats.explained_variance:.0%} of the variance explained by {sae.stats.l0:.0f} features a token")
 
 # %% [markdown]

@@ -7,7 +7,8 @@ A block that cannot run here (an hour, eight GPUs, an installation) stands behin
     <!-- not run: installs packages -->
 
 It is still checked: Python compiles, and of a command the program, the verb and every option exist.
-A block of `text` behind one that runs is what that prints; "..." stands for anything.
+A block of `text` behind one that runs is what that prints; "..." stands for anything. Where a page shows another way to
+do the same, `<!-- anew -->` before it clears the folder away: what the first way wrote is not in the second's.
 """
 
 from __future__ import annotations
@@ -269,10 +270,18 @@ def _mark(example: Example) -> None:
     example.document.push_evaluator(_unrun)
 
 
+def _anew(example: Example) -> None:
+    example.document.anew()  # type: ignore[attr-defined]
+
+
+_MARKS: Mapping[str, Callable[[Example], Any]] = {"not run": _mark, "anew": _anew}
+
+
 def _parse_marks(document: Document) -> Iterator[Region]:
-    for region in DirectiveInHTMLCommentLexer("not run")(document):
-        region.parsed, region.evaluator = region.lexemes["arguments"].strip(), _mark
-        yield region
+    for name, evaluator in _MARKS.items():
+        for region in DirectiveInHTMLCommentLexer(name)(document):
+            region.parsed, region.evaluator = region.lexemes["arguments"].strip(), evaluator
+            yield region
 
 
 def _parse_blocks(document: Document) -> Iterator[Region]:
@@ -307,6 +316,8 @@ def blocks(page: str) -> list[tuple[Region, str | None]]:
     found: list[tuple[Region, str | None]] = []
     reason = None
     for example in parse(page):
+        if example.region.lexemes.get("directive") == "anew":
+            continue
         if language(example.region) is None:
             assert reason is None, f"{page}:{example.line}: two marks and no block between them"
             reason = example.parsed

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -104,12 +106,26 @@ def answer_requests(monkeypatch: Any) -> None:
 
 
 def be_brief(monkeypatch: Any) -> None:
-    """Let the command line look at few of the bundled scenes; what it does with each stays what it is."""
+    """Few scenes for the command line to look at, small batches to train on: what is done with each stays what it is."""
     from sauce_hooks import cli
+    from sauce_hooks.sae import training
 
     few = {"_ANSWERED": 4, "_BUNDLED_IMAGES": 16, "_CONCEPT_SCENES": 8, "_SIBLING_SCENES": 4}
     for name, n in few.items():
         monkeypatch.setattr(cli, name, n)
+    small = {"sauce": replace(training.PRESETS["sauce"], batch_size=16, expansion=4)}
+    monkeypatch.setattr(training, "PRESETS", {**training.PRESETS, **small})
+    for name in ("distill", "baselines.training", "attacks.relearning"):
+        module = importlib.import_module(f"sauce_hooks.evaluation.{name}")
+        fit = module.fit
+        monkeypatch.setattr(module, "fit", lambda *args, steps, fit=fit, **more: fit(*args, steps=min(steps, 3), **more))
+    attacks = importlib.import_module("sauce_hooks.evaluation.attacks.run")
+    weaker = {"adversarial images": {"steps": 2}, "relearning": {"lrs": (1e-3,)}}
+    every = {
+        name: lambda processor, make=make, less=weaker.get(name, {}): replace(make(processor), **less)
+        for name, make in attacks.ATTACKS.items()
+    }
+    monkeypatch.setattr(attacks, "ATTACKS", every)
 
 
 # Folders. -------------------------------------------------------------------------------------------------------------
@@ -242,6 +258,9 @@ def furnish(page: str, home: Path) -> None:
 class Reader:
     """Somebody who has read so far; each property is a name that blocks may use without having made it."""
 
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
     @cached_property
     def sauce_hooks(self) -> Any:
         """The library."""
@@ -295,15 +314,25 @@ class Reader:
 
     @cached_property
     def pictures(self) -> list[Any]:
-        """Images, as PIL has them."""
-        return [scene.image for scene in drawn(N_PHOTOS, 6)]
+        """Images, as PIL has them; every other one holds a tiger."""
+        return [scene.image for scene in self._scenes]
+
+    @cached_property
+    def _scenes(self) -> list[Any]:
+        pairs = zip(drawn(16, 6, contains="tiger"), drawn(16, 7, lacks="tiger"), strict=True)
+        return [scene for pair in pairs for scene in pair]
 
     images = property(lambda self: self.pictures)
 
     @cached_property
     def labels(self) -> list[list[str]]:
-        """What those images show; what is in the folder "photos" is read in another order, which nothing here depends on."""
-        return [sorted(scene.concepts) for scene in drawn(N_PHOTOS, 6)]
+        """The concepts in each image of the folder "photos", by the folders in it; where there is none, in `images`."""
+        from sauce_hooks.scenes import CONCEPTS
+
+        photos = sorted((self.home / "photos").rglob("*.png"))
+        if photos:
+            return [[photo.parent.name] if photo.parent.name in CONCEPTS else [] for photo in photos]
+        return [sorted(scene.concepts) for scene in self._scenes]
 
     @cached_property
     def inputs(self) -> Any:
@@ -344,7 +373,7 @@ class Reader:
         return NNsight(self.model)
 
 
-def names(page: str) -> dict[str, Any]:
+def names(page: str, home: Path) -> dict[str, Any]:
     """Those of a reader's names that the page's blocks use."""
     used = {
         node.id
@@ -353,14 +382,21 @@ def names(page: str) -> dict[str, Any]:
         for node in ast.walk(ast.parse(str(region.parsed)))
         if isinstance(node, ast.Name)
     }
-    reader = Reader()
+    reader = Reader(home)
     return {name: getattr(reader, name) for name in sorted(used) if not name.startswith("_") and hasattr(Reader, name)}
+
+
+def _anew(page: str, home: Path) -> None:
+    for path in home.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    furnish(page, home)
 
 
 def run(page: str, home: Path) -> None:
     """Run a page's blocks, in order, in `home`."""
     document = parse(page)
     furnish(page, home)
-    document.namespace.update(names(page))
+    document.anew = lambda: _anew(page, home)  # type: ignore[attr-defined]
+    document.namespace.update(names(page, home))
     for example in document:
         example.evaluate()
