@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,10 @@ def answer_requests(monkeypatch: Any) -> None:
     monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
 
 
+def _made(make: Callable[[Any], Any], fields: dict[str, Any], processor: Any) -> Any:
+    return replace(make(processor), **fields)
+
+
 def be_brief(monkeypatch: Any) -> None:
     """Few scenes for the command line to look at, small batches to train on: what is done with each stays what it is."""
     from sauce_hooks import cli
@@ -120,11 +124,8 @@ def be_brief(monkeypatch: Any) -> None:
         fit = module.fit
         monkeypatch.setattr(module, "fit", lambda *args, steps, fit=fit, **more: fit(*args, steps=min(steps, 3), **more))
     attacks = importlib.import_module("sauce_hooks.evaluation.attacks.run")
-    weaker = {"adversarial images": {"steps": 2}, "relearning": {"lrs": (1e-3,)}}
-    every = {
-        name: lambda processor, make=make, less=weaker.get(name, {}): replace(make(processor), **less)
-        for name, make in attacks.ATTACKS.items()
-    }
+    weaker: dict[str, dict[str, Any]] = {"adversarial images": {"steps": 2}, "relearning": {"lrs": (1e-3,)}}
+    every = {name: partial(_made, make, weaker.get(name, {})) for name, make in attacks.ATTACKS.items()}
     monkeypatch.setattr(attacks, "ATTACKS", every)
 
 
