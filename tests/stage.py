@@ -117,8 +117,8 @@ def be_brief(monkeypatch: Any) -> None:
     few = {"_ANSWERED": 4, "_BUNDLED_IMAGES": 16, "_CONCEPT_SCENES": 8, "_SIBLING_SCENES": 4}
     for name, n in few.items():
         monkeypatch.setattr(cli, name, n)
-    small = {"sauce": replace(training.PRESETS["sauce"], batch_size=16, expansion=4)}
-    monkeypatch.setattr(training, "PRESETS", {**training.PRESETS, **small})
+    small = {name: replace(preset, batch_size=16, expansion=4) for name, preset in training.PRESETS.items()}
+    monkeypatch.setattr(training, "PRESETS", small)
     for name in ("distill", "baselines.training", "attacks.relearning"):
         module = importlib.import_module(f"sauce_hooks.evaluation.{name}")
         fit = module.fit
