@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sauce_hooks.evaluation import Judge, Method, ProbeSet
+from sauce_hooks.evaluation import Judge, Method, ProbeSet, Wording
 from sauce_hooks.evaluation.attacks import Attack
 from sauce_hooks.sae import VisionSAE
 
@@ -46,6 +46,8 @@ class Relative:
     """What the paper says of it: the same tower under another language model; or another tower."""
     load: Callable[[], tuple[nn.Module, Any]] = field(repr=False)
     """The model and its processor; loaded only when its turn has come."""
+    wording: Callable[[Any], Wording] | None = field(default=None, repr=False)
+    """With its processor, how it is asked; as the study's own model by default."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Study:
     """What is compared in Table 2, `OURS` first. The paper's rivals are called GA, GD, KL and PO."""
     relatives: Sequence[Relative] = ()
     attacks: Callable[[], Mapping[str, Attack]] | None = field(default=None, repr=False)
-    """By the names of `evaluation.attacks.ATTACKS`: "second language", "quantisation", "paraphrases", "adversarial images"."""
+    """By name, as in `evaluation.attacks.ATTACKS`: second language, quantisation, paraphrases, adversarial images."""
     training: Callable[[Sequence[str]], ProbeSet] | None = field(default=None, repr=False)
     """Of some concepts, the training images that an attacker has."""
     attack_probes: Callable[[Sequence[str], int], ProbeSet] | None = field(default=None, repr=False)

@@ -10,16 +10,18 @@ what LLaVA-1.6 is to 1.5.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from sauce_hooks.scenes.bundled import competence, load_model
+from sauce_hooks.scenes.bundled import Relative, asset, competence, load_model
 from sauce_hooks.scenes.training import Recipe, build_model, build_processor, draw_pool, save, train_reader, train_tower
 
 LARGER = replace(Recipe(), lm_width=160, lm_layers=5, lm_steps=1_200)
@@ -79,14 +81,36 @@ def _interpolated(positions_pd: torch.Tensor, side: int) -> torch.Tensor:
     return torch.cat([positions_pd[:1], finer.permute(0, 2, 3, 1).reshape(side * side, -1)])
 
 
+def install(name: Relative, out: Path) -> None:
+    """Put a trained relative among the package's assets: what it does not share with the bundled model, in half precision."""
+    source, target = out / name / "model", asset(name)
+    target.mkdir(parents=True, exist_ok=True)
+    bundled, _ = load_model()
+    known = bundled.state_dict()
+    model, _ = load_model(source)
+    own = {
+        key: tensor.half()
+        for key, tensor in model.state_dict().items()
+        if key not in known or known[key].shape != tensor.shape or not torch.equal(known[key], tensor)
+    }
+    save_file({key: tensor.contiguous().clone() for key, tensor in own.items()}, target / "own.safetensors")
+    for file in source.iterdir():
+        if file.suffix == ".json" and "index" not in file.name:
+            shutil.copy(file, target / file.name)
+
+
 TRAIN = {"larger": train_larger, "finer": train_finer}
 
 
 def main(
-    relative: Annotated[Literal["larger", "finer"], typer.Argument()], out: Annotated[Path, typer.Option()] = Path("runs/scenes")
+    relative: Annotated[Relative, typer.Argument(help="Which.")],
+    out: Annotated[Path, typer.Option(help="The folder of checkpoints.")] = Path("runs/scenes"),
+    installed: Annotated[bool, typer.Option("--install", help="Put the result into the package's assets.")] = False,
 ) -> None:
     """Train one of the relatives; run again with the same folder to go on after an interruption."""
     print(TRAIN[relative](out))
+    if installed:
+        install(relative, out)
 
 
 if __name__ == "__main__":
