@@ -21,7 +21,7 @@ from sauce_hooks.evaluation.metrics import count
 from sauce_hooks.evaluation.probes import ProbeSet, WholeWords, other_questions, own_questions, pope_questions
 from sauce_hooks.evaluation.store import Finished, Store, settings_of
 from sauce_hooks.hookpoint import evaluating
-from sauce_hooks.reproduce.finding import Claim, Finding, new_figure, percent, points
+from sauce_hooks.reproduce.finding import Claim, Finding, held, new_figure, percent, points
 from sauce_hooks.reproduce.study import Study, Task
 from sauce_hooks.reproduce.table2 import mean
 
@@ -156,12 +156,13 @@ def _claims(results: Results, study: Study) -> list[Claim]:
         ):
             lost = max(values[sizes[0]] - value for value in values.values())
             measured = ", ".join(f"{size}: {100 * value:.1f}" for size, value in values.items())
+            measured += f"; largest loss {points(-lost)}"
             claims.append(
                 Claim(
                     f"{said}, {sizes[0]} → {sizes[-1]}",
                     "Figure 6",
-                    f"{measured}; largest loss {points(-lost)}",
-                    lost <= most,
+                    measured,
+                    held(most - lost),
                 )
             )
     return claims

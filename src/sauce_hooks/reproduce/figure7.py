@@ -101,7 +101,10 @@ def _leaks(path: Path) -> list[Leak]:
     try:
         return [
             Leak(
-                *(str(leak[key]) for key in ("attack", "setting", "method", "concept")),
+                str(leak["attack"]),
+                str(leak["setting"]),
+                str(leak["method"]),
+                str(leak["concept"]),
                 {str(figure): Rate(**rate) for figure, rate in leak["rates"].items()},
             )
             for leak in json.loads(path.read_text(encoding="utf-8"))
@@ -131,9 +134,9 @@ def read(study: Study, folder: Path) -> Finding:
         "figure7",
         "Figure 7: attacks",
         f"Concrete concepts of {study.name} under attack. Asked in another language and rounded to 4 bits: every method on "
-        f"{size.attacked} concepts, {size.attack_n} test images with each and as many without. Paraphrases: SAUCE on the same. "
-        f"Adversarial images (PGD through the eraser, 8/255): SAUCE on {size.perturbed} concepts, {size.perturbed_n} images "
-        "with each and without. Intervals are over concepts.",
+        f"{size.attacked} concepts, {size.attack_n} test images with each and as many without. Paraphrases: SAUCE on the "
+        f"same. Adversarial images (PGD through the eraser, 8/255): SAUCE on {size.perturbed} concepts, {size.perturbed_n} "
+        "images with each and without. Intervals are over concepts.",
         pd.DataFrame(rows),
         attacked.to_frame(),
         lambda: _drawn(attacked),

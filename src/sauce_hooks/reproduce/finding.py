@@ -33,7 +33,7 @@ class Claim:
     measured: str
     """The figures, with their intervals."""
     holds: bool | None
-    """None: it was not measured."""
+    """None: nothing could be measured."""
     kind: Literal["paper", "goal"] = "paper"
 
     @property
@@ -95,6 +95,13 @@ def points(value: float) -> str:
     return "–" if math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
 
 
+def held(*margins: float, strict: bool = False) -> bool | None:
+    """Whether every margin is at least 0 (`strict`: above it); None if one of them could not be measured."""
+    if any(map(math.isnan, margins)):
+        return None
+    return all(margin > 0 if strict else margin >= 0 for margin in margins)
+
+
 def new_figure(columns: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]]:
     """An empty figure of some panels side by side, that belongs to no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -104,7 +111,7 @@ def new_figure(columns: int, height: float = 3.4) -> tuple[Figure, Sequence[Any]
     FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, columns, squeeze=False, sharey=True)
     for panel in axes[0]:
-        panel.set_ylim(0, 105)
+        panel.set_ylim(0, 112)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.25)
         panel.set_axisbelow(True)

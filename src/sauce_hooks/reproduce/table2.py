@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sauce_hooks.evaluation import ORIGINAL, Results, evaluate
-from sauce_hooks.reproduce.finding import Claim, Finding, bars, new_figure, percent, points
+from sauce_hooks.reproduce.finding import Claim, Finding, bars, held, new_figure, percent, points
 from sauce_hooks.reproduce.study import OURS, Study
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def paper_claims(results: Results) -> list[Claim]:
             "Table 2",
             f"(UA_g + UA_d) / 2: SAUCE {100 * ours:.1f}, next {best} {100 * forgetting(results, best):.1f}; "
             + ", ".join(f"{c.metric} {_difference(c.difference)}" for c in apart),
-            ours > forgetting(results, best),
+            held(ours - forgetting(results, best), strict=True),
         )
     )
     best = max(rivals, key=lambda method: mean(results, method, "IRA")[0])
@@ -123,7 +123,7 @@ def paper_claims(results: Results) -> list[Claim]:
             "Table 2",
             f"SAUCE {percent(mean(results, OURS, 'IRA'))}, next {best} {percent(mean(results, best, 'IRA'))}; "
             f"IRA {_difference(results.compare(OURS, best, 'IRA').difference)}",
-            mean(results, OURS, "IRA")[0] > mean(results, best, "IRA")[0],
+            held(mean(results, OURS, "IRA")[0] - mean(results, best, "IRA")[0], strict=True),
         )
     )
     if set(PAPER_RIVALS) <= set(rivals):
@@ -133,7 +133,7 @@ def paper_claims(results: Results) -> list[Claim]:
                 "GA and GD are clearly under KL and PO on IRA (each of the four differences below 0 with its interval)",
                 "Table 2",
                 ", ".join(f"{method} {percent(mean(results, method, 'IRA'))}" for method in PAPER_RIVALS),
-                all(pair.high < 0 for pair in pairs),
+                held(*(-pair.high for pair in pairs), strict=True),
             )
         )
     return claims
@@ -154,7 +154,7 @@ def goals(results: Results, study: Study) -> list[Claim]:
                 f"{task} concepts reach {asked}",
                 "goal",
                 ", ".join(f"{metric} {percent(value)}" for metric, value in found.items()),
-                all(found[metric][0] >= least for metric, least in GOALS[task].items()),
+                held(*(found[metric][0] - least for metric, least in GOALS[task].items())),
                 "goal",
             )
         )

@@ -14,7 +14,7 @@ from sauce_hooks.erasure import ConceptEraser
 from sauce_hooks.errors import SAEMismatchError
 from sauce_hooks.evaluation import Method, Results, evaluate
 from sauce_hooks.evaluation.erasing import Erasing, Known
-from sauce_hooks.reproduce.finding import Claim, Finding, bars, new_figure, percent, points
+from sauce_hooks.reproduce.finding import Claim, Finding, bars, held, new_figure, percent, points
 from sauce_hooks.reproduce.study import OURS, Relative, Study
 from sauce_hooks.reproduce.table2 import mean
 
@@ -125,14 +125,13 @@ def _claims(study: Study, found: dict[str, Results]) -> list[Claim]:
         said = ", ".join(f"{metric} {points(value)}" for metric, value in ours.items())
         if relative.expected == "transfers":
             lost = -float(np.mean(list(ours.values())))
-            holds = lost <= LOST
             claims.append(
                 Claim(
                     f"{relative.name}: the same tower under a larger language model loses at most {100 * LOST:.0f} points "
                     "in the mean of the five columns",
                     "Table 4",
                     f"{said}; mean {points(-lost)}",
-                    holds,
+                    held(LOST - lost),
                 )
             )
             continue
@@ -153,7 +152,7 @@ def _claims(study: Study, found: dict[str, Results]) -> list[Claim]:
                     "Table 4",
                     ", ".join(f"{metric} {points(value)}" for metric, value in by.items())
                     + f"; mean {points(float(np.mean(list(by.values()))))}",
-                    float(np.mean(list(by.values()))) <= -RUINED,
+                    held(-RUINED - float(np.mean(list(by.values())))),
                 )
             )
     return claims

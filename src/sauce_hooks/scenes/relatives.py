@@ -27,7 +27,7 @@ from sauce_hooks.scenes.training import Recipe, build_model, build_processor, dr
 LARGER = replace(Recipe(), lm_width=160, lm_layers=5, lm_steps=1_200)
 """1.9 times the parameters behind the tower, as in the paper's pair."""
 FINER = replace(
-    Recipe(), pixels=96, pool=12_000, tower_steps=500, tower_batch=32, tower_lr=5e-4, lm_steps=500, lm_batch=24, lm_lr=1e-3
+    Recipe(), pixels=96, pool=12_000, tower_steps=300, tower_batch=32, tower_lr=5e-4, lm_steps=400, lm_batch=20, lm_lr=1e-3
 )
 """Everything starts as the bundled model has it, the tower's positions interpolated, and is trained on."""
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -82,7 +82,7 @@ def _interpolated(positions_pd: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def install(name: Relative, out: Path) -> None:
-    """Put a trained relative among the package's assets: what it does not share with the bundled model, in half precision."""
+    """Put a trained relative among the package's assets: what it does not share with the bundled one, in half precision."""
     source, target = out / name / "model", asset(name)
     target.mkdir(parents=True, exist_ok=True)
     bundled, _ = load_model()
