@@ -125,3 +125,13 @@ def test_learn_says_what_is_wrong_before_it_loads_anything(photos, options, mess
     result = learn(photos, *options)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_programs_read_json():
+    result = runner.invoke(app, ["hook-point", "bundled", "--json"])
+    assert HookPoint.from_dict(json.loads(result.stdout)) == find_hook_point(load_model()[0])
+
+
+def test_the_version_and_completion_are_there():
+    assert runner.invoke(app, ["--version"]).output.strip() == sauce_hooks.__version__
+    assert "--show-completion" in runner.invoke(app, ["--help"], terminal_width=120).output
