@@ -1,5 +1,6 @@
 """The command line, as a user meets it: what it prints, where, and with which exit code."""
 
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sauce_hooks import scenes
+import sauce_hooks
+from sauce_hooks import HookPoint, find_hook_point, scenes
 from sauce_hooks.cli import app
 from sauce_hooks.sae import PRESETS, VisionSAE
+from sauce_hooks.scenes import load_model
 
 runner = CliRunner()
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
