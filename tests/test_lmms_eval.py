@@ -1,7 +1,8 @@
-"""The model for lmms-eval: its arguments and prompts here, and its command line end to end on a task of the bundled world."""
+"""The model for lmms-eval: its arguments and prompts, and lmms-eval itself end to end on a task of the bundled world."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -61,15 +62,12 @@ def test_a_model_must_be_named():
         Settings.read({})
 
 
-def test_without_lmms_eval_the_model_says_what_to_install():
-    code = (
-        "import sys; sys.modules['lmms_eval'] = None\n"
-        "from sauce_hooks.errors import LmmsEvalError\n"
-        "try: import sauce_hooks.lmms.model\n"
-        "except LmmsEvalError as error: print(error)\n"
-    )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "sauce-hooks[lmms-eval]" in said
+def test_without_lmms_eval_the_model_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "lmms_eval.api.model", raising=False)
+    monkeypatch.delitem(sys.modules, "sauce_hooks.lmms.model", raising=False)
+    with pytest.raises(LmmsEvalError, match=r"sauce-hooks\[lmms-eval\]"):
+        importlib.import_module("sauce_hooks.lmms.model")
 
 
 # Prompts and settings ------------------------------------------------------------------------------------------------

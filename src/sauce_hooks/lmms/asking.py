@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -116,17 +116,13 @@ def loss(model: nn.Module, processor: Any, one: Asked, continuation: str) -> tup
     Raises:
         LmmsEvalError: a continuation without a token.
     """
-    tokens = processor.tokenizer(continuation, add_special_tokens=False, return_tensors="pt").input_ids
-    if not tokens.numel():
-        raise LmmsEvalError(f"the continuation {continuation!r} has no token")
-    inputs = processed(processor, [one], next(model.parameters()))
-    tokens_bt = tokens.to(inputs["input_ids"].device)
-    n_tokens = tokens_bt.shape[1]
-    longer = {**inputs, "input_ids": torch.cat([inputs["input_ids"], tokens_bt], 1)}
-    for name in ("attention_mask", "token_type_ids", "mm_token_type_ids"):
-        if name in inputs:  # the continuation is seen, and is text
-            filled = torch.full_like(tokens_bt, 1 if name == "attention_mask" else 0)
-            longer[name] = torch.cat([inputs[name], filled.to(inputs[name].dtype)], 1)
-    logits_tv = model(**longer).logits[0, -n_tokens - 1 : -1].float()
-    losses_t = nn.functional.cross_entropy(logits_tv, tokens_bt[0], reduction="none")
-    return losses_t.mean().item(), bool((logits_tv.argmax(-1) == tokens_bt[0]).all())
+    parameter = next(model.parameters())
+    n_before = processed(processor, [one], parameter)["input_ids"].shape[1]
+    # Processed as one text: some processors also make masks that are as long as it.
+    inputs = processed(processor, [replace(one, prompt=one.prompt + continuation)], parameter)
+    tokens_t = inputs["input_ids"][0, n_before:]
+    if not tokens_t.numel():
+        raise LmmsEvalError(f"the continuation {continuation!r} has no token of its own")
+    logits_tv = model(**inputs).logits[0, n_before - 1 : -1].float()
+    losses_t = nn.functional.cross_entropy(logits_tv, tokens_t, reduction="none")
+    return losses_t.mean().item(), bool((logits_tv.argmax(-1) == tokens_t).all())

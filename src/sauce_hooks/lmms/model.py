@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from sauce_hooks.errors import LmmsEvalError
 from sauce_hooks.lmms import asking
@@ -67,11 +68,15 @@ class SauceModel(_Model):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answers, in the order of the requests. A failure is raised: an answer left empty would be scored as one."""
         said = [""] * len(requests)
+        bar = tqdm(total=len(requests), desc="sauce", unit="answer", disable=self.rank != 0)
         alike = sorted(range(len(requests)), key=lambda i: repr(sorted(requests[i].args[1].items())))
         for _, group in groupby(alike, key=lambda i: repr(sorted(requests[i].args[1].items()))):
             same = list(group)
             for at in range(0, len(same), self.batch_size):
-                self._answer([(i, requests[i]) for i in same[at : at + self.batch_size]], said)
+                batch = same[at : at + self.batch_size]
+                self._answer([(i, requests[i]) for i in batch], said)
+                bar.update(len(batch))
+        bar.close()
         return said
 
     def _answer(self, requests: Sequence[tuple[int, Any]], said: list[str]) -> None:
@@ -88,7 +93,7 @@ class SauceModel(_Model):
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Of each request's continuation the mean loss, as lmms-eval's own models return it, and whether it is greedy."""
         losses: list[tuple[float, bool]] = []
-        for request in requests:
+        for request in tqdm(requests, desc="sauce", unit="choice", disable=self.rank != 0):
             question, target, *place = request.args
             _, doc_id, task, split = place
             continuation = target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
@@ -118,7 +123,7 @@ def _device(settings: Settings, accelerator: Any) -> str:
     """Each of several processes has a whole model on a device of its own."""
     if accelerator.num_processes == 1:
         return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device not in (None, "cpu", "cuda"):
+    if settings.device not in (None, accelerator.device.type):
         raise LmmsEvalError(
             f"device={settings.device} with {accelerator.num_processes} processes: each takes a device of its own. "
             "Leave the device out, or start one process"
