@@ -125,4 +125,4 @@ class UnjudgedAnswersWarning(UserWarning):
 
 
 class LmmsEvalError(SauceHooksError, ValueError):
-    """A model for lmms-eval that can't be: arguments, or a task it does not do, or lmms-eval is not installed; says which."""
+    """A model for lmms-eval that can't be: arguments, a task it does not do, or no lmms-eval; says which."""
