@@ -122,3 +122,7 @@ class JudgeFileError(SauceHooksError, ValueError):
 
 class UnjudgedAnswersWarning(UserWarning):
     """A judge can't tell for some descriptions; counts them and says why. They count as mentions."""
+
+
+class ConfigError(SauceHooksError, ValueError):
+    """A configuration of an experiment that cannot be: an unknown key, a wrong value, a file that is not there."""
