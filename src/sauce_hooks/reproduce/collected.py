@@ -1,8 +1,8 @@
 """The images of an experiment: looked for once, written down by their digests, and the same ever after.
 
-Objects come from a dataset with ImageNet's classes, all else from a folder for each concept. The dataset's own test split is
-reported on; images from folders are split by their digests, as everywhere in `evaluation.labelled`: about four fifths to learn
-from (a quarter of these for validation), one fifth to report on.
+Objects come from a dataset with ImageNet's classes, all else from a folder for each concept. The dataset's own test split
+is reported on; images from folders are split by their digests, as everywhere in `evaluation.labelled`: about four fifths to
+learn from (a quarter of these for validation), one fifth to report on.
 """
 
 from __future__ import annotations
@@ -193,8 +193,8 @@ def class_numbers(feature: Any, synsets: Synsets, concept: str) -> list[int]:
     called = names[number] if number < len(names) else "nothing: there are no more"
     if number >= len(names) or (len(synsets) == 1 and concept.lower() not in called.lower()):
         raise ConfigError(
-            f"{concept!r} is class {number} of ImageNet-1k, which this dataset calls {called!r} (it has {len(names)} classes). "
-            "Give a dataset with ImageNet's 1000 classes in their usual order, or with synsets (n02129604) for names"
+            f"{concept!r} is class {number} of ImageNet-1k, which this dataset calls {called!r} (it has {len(names)} "
+            "classes). Give a dataset with ImageNet's classes in their usual order, or with synsets (n02129604) as names"
         )
     return list(synsets.values())
 
@@ -213,9 +213,8 @@ def load_data(place: str, split: str, key: str) -> Any:
             data: Any = datasets.load_from_disk(place)
             return data[split] if isinstance(data, datasets.DatasetDict) else data
         if path.is_dir():
-            return datasets.load_dataset("imagefolder", data_dir=str(path / split if (path / split).is_dir() else path))[
-                "train"
-            ]
+            folder = path / split if (path / split).is_dir() else path
+            return datasets.load_dataset("imagefolder", data_dir=str(folder))["train"]
         return datasets.load_dataset(place, split=split)
     except Exception as problem:  # whatever the network, the hub or a damaged file makes the library raise
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The protocol of an experiment with a real model, as data: a TOML file, read into frozen dataclasses.
 
-Configurations that ship are in `configs/`; docs/paper-scale.md says what every key means. A file is checked as a whole when it
-is read: an unknown key, a value of the wrong kind, or two that contradict each other raise `ConfigError`.
+Configurations that ship are in `configs/`; docs/paper-scale.md says what every key means. A file is checked as a whole
+when it is read: an unknown key, a value of the wrong kind, or two that contradict each other raise `ConfigError`.
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class SAE:
     changes: dict[str, Any] = field(default_factory=dict[str, Any])
     """Fields of `Preset` to change."""
     image_batch_size: Count = 64
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes that decode images, beside each that trains; None: as many as there are cores to spare."""
 
     def __post_init__(self) -> None:
         if self.source is None and self.dataset is None:

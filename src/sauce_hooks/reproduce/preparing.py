@@ -175,6 +175,7 @@ def _trained(protocol: Protocol, folder: Folder, model: Any, processor: Any, wor
             resume=True,
             n_images=wanted.n_images,
             image_batch_size=wanted.image_batch_size,
+            workers=wanted.workers,
             progress=progress and world.is_first,
             **wanted.changes,
         )
