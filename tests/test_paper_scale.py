@@ -1,5 +1,7 @@
 """A configuration for a real model becomes a study: every shipped one with its own classes at small size, and offline."""
 
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from sauce_hooks import Eligibility, VisionSAE, evaluate
 from sauce_hooks.errors import ConfigError, EvaluationWarning, ImagesError, ResumeError
+from sauce_hooks.evaluation.labelled import split_of
 from sauce_hooks.evaluation.wordings import CHINESE
 from sauce_hooks.reproduce import preparing
 from sauce_hooks.reproduce.collected import Collection, Pool, class_numbers, collect
@@ -60,6 +63,26 @@ def write(path, content):
 # Images: ImageNet's thousand classes on disk with a handful of pictures, and folders of the rest.
 
 
+def by_row(digest):
+    """A training row's place, as `collected` has it."""
+    return "val" if int(digest[:12], 16) / 16**12 < 0.25 else "train"
+
+
+def drawn(split, quota, concept, seed, place):
+    """PNG files of scenes with a concept, of which so many belong to each place by their digests."""
+    kept, left = [], dict(quota)
+    for scene in sample(100, seed=seed, contains=concept, split=split):
+        file = io.BytesIO()
+        scene.image.save(file, "PNG")
+        where = place(hashlib.sha256(file.getvalue()).hexdigest())
+        if left.get(where):
+            left[where] -= 1
+            kept.append(file.getvalue())
+        if not any(left.values()):
+            return kept
+    raise AssertionError(left)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     import datasets
@@ -69,21 +92,23 @@ def images(tmp_path_factory):
     names[281], names[282], names[292] = "tabby, tabby cat", "tiger cat", "tiger, Panthera tigris"
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
 
-    def rows(split, n, seed):
-        tigers, cats = (sample(n, seed=seed + i, contains=c, split=split) for i, c in enumerate(("tiger", "cat")))
-        labelled = [(s.image, 292) for s in tigers] + [(s.image, (281, 282)[i % 2]) for i, s in enumerate(cats)]
-        labelled += [(s.image, 7) for s in sample(3, seed=seed + 2, split=split)]
-        pictures, labels = zip(*labelled, strict=True)
-        return datasets.Dataset.from_dict({"image": list(pictures), "label": list(labels)}, features=features)
+    def rows(kind, quota, concept, label, seed):
+        return [{"image": {"bytes": png, "path": None}, "label": label} for png in drawn(kind, quota, concept, seed, by_row)]
 
-    splits = {"train": rows("train", 12, 900_000), "validation": rows("test", 6, 900_010)}
+    splits = {}
+    for split, kind, quota in (("train", "train", {"train": 9, "val": 3}), ("validation", "test", {"train": 6})):
+        found = [*rows(kind, quota, "tiger", 292, 900_000), *rows(kind, quota, "cat", 281, 900_001)]
+        found = [{**row, "label": 282} if row["label"] == 281 and i % 2 else row for i, row in enumerate(found)]
+        found += rows(kind, {"train": 3}, "fish", 7, 900_002)
+        splits[split] = datasets.Dataset.from_list(found, features=features)
     datasets.DatasetDict(splits).save_to_disk(root / "imagenet")
     for domain in TABLE["domains"][1:]:
         for concept in domain["concepts"]:
             folder = root / "web" / domain["name"] / concept
             folder.mkdir(parents=True)
-            for i, scene in enumerate(sample(20, seed=900_100, contains=concept, split="test")):
-                scene.image.save(folder / f"{i}.png")
+            pngs = drawn("test", {"train": 9, "val": 3, "test": 6}, concept, 900_100, split_of)
+            for i, png in enumerate(pngs):
+                (folder / f"{i}.png").write_bytes(png)
     return root
 
 

@@ -92,7 +92,7 @@ def collect(protocol: Protocol) -> Collection:
             found[image.digest] = image
     kept: dict[str, Used] = {}
     left_out: dict[str, str] = {}
-    ordered = [found[digest] for digest in sorted(found)]
+    ordered = sorted(found.values(), key=lambda image: image.digest[::-1])  # its beginning decides the split
     for concept in (concept for domain in protocol.domains for concept in domain.concepts):
         own = [image for image in ordered if concept in image.concepts]
         parts = [image for image in own if image.split != "test"], [image for image in own if image.split == "test"]
