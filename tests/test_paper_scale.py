@@ -211,7 +211,7 @@ def small(name, images, hub, folder, **changes):
     content["sae"]["tokens"] |= {"per_image": 8}
     content["sae"]["changes"] |= {"expansion": 2, "epochs": 1, "batch_size": 32, "options": {"k": 4}}
     content["objects"] |= {"dataset": str(images / "imagenet")}
-    content["images"] |= {"folder": str(images / "web"), "training": 8, "test": 4, "least": 2}
+    content["images"] |= {"folder": str(images / "web"), "training": 8, "test": 4, "least": 2, "absent": ["object", "sport"]}
     content["learning"] = {"how": "paper", "k": 4, "negatives": 8}
     content["questions"] |= {"max_new_tokens": 4}
     content["rivals"] |= {"methods": ["GA"], "rates": {"GA": 1e-3}}
