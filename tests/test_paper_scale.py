@@ -201,7 +201,7 @@ def hub(tmp_path_factory):
     return folder
 
 
-def small(name, images, hub, folder, **changes):
+def small(name, images, hub, folder, /, **changes):
     """A shipped configuration with everything made small; what is not named here is as it ships."""
     content = tomllib.loads(find(name).read_text())
     table = write(folder / "table.toml", TABLE)
@@ -273,7 +273,7 @@ def test_a_shipped_configuration_runs_with_its_own_classes(name, images, hub, tm
 # The bundled model by a configuration: what must be true of a model that knows something. ------------------------------
 
 
-def bundled(images, folder, **changes):
+def bundled(images, folder, /, **changes):
     content = {
         "name": "bundled", "concepts": str(write(folder / "table.toml", TABLE)), "batch_size": 32,
         "model": {"id": str(asset("model"))}, "sae": {"source": str(asset("sae"))},
@@ -400,7 +400,7 @@ def test_what_is_not_there_is_named_with_where_it_was_looked_for(images, tmp_pat
     cases = {
         r"no folder .*/nowhere": {"images": {"folder": str(tmp_path / "nowhere")}},
         r"the split 'train' of 'no/such' cannot be read": {"objects": {"dataset": "no/such"}},
-        r"the model 'no/such' cannot be loaded.*hf auth login": {"model": {"id": "no/such"}},
+        r"(?s)the model 'no/such' cannot be loaded.*hf auth login": {"model": {"id": "no/such"}},
         r"sae\.source: 'no/such' is no SAE": {"sae": {"source": "no/such"}},
     }
     for i, (said, changes) in enumerate(cases.items()):

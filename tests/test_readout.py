@@ -130,9 +130,7 @@ def test_concepts_that_share_a_feature_and_write_apart_forget_as_much_together_a
 
 @given(seed=seeds, everywhere=gammas, apart_gamma=gammas)
 @torch.no_grad()
-def test_where_a_feature_is_also_changed_everywhere_the_stronger_holds_and_nothing_is_twice(
-    seed, everywhere, apart_gamma
-):
+def test_where_a_feature_is_also_changed_everywhere_the_stronger_holds_and_nothing_is_twice(seed, everywhere, apart_gamma):
     sae, apart = make_sae("jumprelu", dtype="float64"), keep_apart(moments_of(seed))["c0"]
     x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64)
     read = apart.reader_rd[0].double()

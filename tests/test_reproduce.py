@@ -77,8 +77,8 @@ def small(tmp_path_factory):
 def test_every_size_erases_every_concept_once_and_never_twice(per_task, size):
     tasks = {"concrete": tuple(f"c{i}" for i in range(per_task)), "abstract": tuple(f"a{i}" for i in range(per_task))}
     every = [concept for names in tasks.values() for concept in names]
-    within = size <= per_task
-    if (per_task if within else 2 * per_task) % size:
+    within = per_task % size == 0
+    if not within and 2 * per_task % size:
         with pytest.raises(ValueError, match="do not come out even"):
             figure6.groups(tasks, size)
         return

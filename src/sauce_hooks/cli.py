@@ -140,7 +140,8 @@ def reproduce(
     config: Annotated[
         str | None,
         typer.Option(
-            help="A model at the paper's scale: *llava-1.5-7b*, *llama-3.2-11b-vision*, *smolvlm-256m*, or a file."
+            help="A model at the paper's scale: *llava-1.5-7b*, *llama-3.2-11b-vision*, *smolvlm-256m*, or a file. "
+            "Its SAE is trained and its concepts are learnt first, where that is not done."
         ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each; 1 with `--config`.")] = 2,
@@ -166,8 +167,9 @@ def reproduce(
     names = tuple(EXPERIMENTS) if what == "all" else (what,)
     make: Any = partial(bundled_study, out / "weights")
     if config is not None:
-        from sauce_hooks.reproduce.paper import paper
+        from sauce_hooks.reproduce.paper import paper, prepare
 
+        prepare(config, out)
         make = paper(config, out)
     findings = run(make, out, names, jobs=jobs if config is None else 1, console=Console(stderr=as_json))
     if as_json:

@@ -59,8 +59,8 @@ class Collection:
         """Read it; `ResumeError` if it is damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            images = (Used(**{**image, "concepts": tuple(image["concepts"])}) for image in content["images"])
-            return cls(tuple(images), dict(content["left_out"]))
+            images: list[dict[str, Any]] = [{**image, "concepts": tuple(image["concepts"])} for image in content["images"]]
+            return cls(tuple(Used(**image) for image in images), dict(content["left_out"]))
         except (OSError, ValueError, KeyError, TypeError) as problem:
             raise ResumeError(f"{path} is no list of images ({problem!r}): remove it to have it made anew") from problem
 

@@ -58,6 +58,7 @@ class Model:
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     layer: int | str | None = None
+    allow_bypass: bool = False
     """The hook point, as `find_hook_point` takes it."""
 
 

@@ -37,17 +37,31 @@ UNLEARNING_LOST = 0.01
 
 
 def groups(tasks: Mapping[Task, tuple[str, ...]], size: int) -> list[tuple[str, ...]]:
-    """Every concept once, in groups of a size: within a task while it is large enough, else of both.
+    """Every concept once, in groups of a size: within a task if that comes out even, else of both.
 
     A group has concepts of all domains of its task, as far as there are.
 
     Raises:
         ValueError: the concepts do not come out even.
     """
-    pools = list(tasks.values()) if all(size <= len(names) for names in tasks.values()) else [sum(tasks.values(), ())]
+    within = all(len(names) % size == 0 for names in tasks.values())
+    pools = list(tasks.values()) if within else [sum(tasks.values(), ())]
     if any(len(pool) % size for pool in pools):
         raise ValueError(f"groups of {size} do not come out even over {[len(pool) for pool in pools]} concepts")
     return [pool[i :: len(pool) // size] for pool in pools for i in range(len(pool) // size)]
+
+
+def erased(study: Study) -> dict[Task, tuple[str, ...]]:
+    """The first concepts of each task, as many of each, so that every size comes out even.
+
+    Raises:
+        ValueError: there are too few for any number of them to.
+    """
+    for n in range(min(map(len, study.tasks.values())), 0, -1):
+        if all(n % size == 0 or (n * len(study.tasks)) % size == 0 for size in study.size.merged):
+            return {task: names[:n] for task, names in study.tasks.items()}
+    counted = ", ".join(f"{len(names)} {task}" for task, names in study.tasks.items())
+    raise ValueError(f"groups of {', '.join(map(str, study.size.merged))} do not come out even over {counted} concepts")
 
 
 def called(size: int) -> str:
@@ -57,8 +71,9 @@ def called(size: int) -> str:
 
 def units(study: Study) -> list[tuple[str, ...]]:
     """One group of one size each, the largest first; no size is the original model."""
-    every = [(str(size), *group) for size in sorted(study.size.merged, reverse=True) for group in groups(study.tasks, size)]
-    return [("0", *study.concepts), *every]
+    tasks = erased(study)
+    every = [(str(size), *group) for size in sorted(study.size.merged, reverse=True) for group in groups(tasks, size)]
+    return [("0", *sum(tasks.values(), ())), *every]
 
 
 def fill(study: Study, folder: Path, unit: tuple[str, ...]) -> None:
@@ -70,7 +85,7 @@ def fill(study: Study, folder: Path, unit: tuple[str, ...]) -> None:
     if not missing:
         return
     judge = study.judge or WholeWords(probes.wording)
-    with evaluating(study.model), ConceptEraser(study.model, study.sae, group) if size else nullcontext():
+    with evaluating(study.model), _erasing(study, group) if size else nullcontext():
         others = _answers(study, probes, [*other_questions(probes), *pope_questions(probes)])
         for concept in missing:
             asked = [q for q in own_questions(probes, concept) if q.concept in (None, concept)]
@@ -78,6 +93,10 @@ def fill(study: Study, folder: Path, unit: tuple[str, ...]) -> None:
             scored = count(concept, own, others, probes, judge=judge)
             texts = [a.text for a in own if a.question.kind == "describe"]
             store.save(method, concept, list(group), Finished(scored.rates, scored.counts, None, texts))
+
+
+def _erasing(study: Study, group: tuple[str, ...]) -> ConceptEraser:
+    return ConceptEraser(study.model, study.sae, group, allow_bypass=study.allow_bypass)
 
 
 def _answers(study: Study, probes: ProbeSet, questions: Any) -> list[Any]:
@@ -88,9 +107,9 @@ def _answers(study: Study, probes: ProbeSet, questions: Any) -> list[Any]:
 def _store(study: Study, folder: Path) -> tuple[Store, ProbeSet]:
     """The images of concepts that are never erased are asked about, whatever else they hold."""
     probes = study.probes(study.size.n, study.size.retained)
-    kept = {concept: some for concept, some in probes.retained.items() if concept not in study.concepts}
-    negatives = {concept: some for concept, some in probes.negatives.items() if concept in (*study.concepts, *kept)}
-    shown = replace(probes, retained=kept, negatives=negatives)
+    gone = sum(erased(study).values(), ())
+    kept = {concept: some for concept, some in probes.retained.items() if concept not in gone}
+    shown = replace(probes, retained=kept)
     judge = study.judge or WholeWords(shown.wording)
     settings = {**settings_of(study.model, shown, judge.name), "erasers": Erasing(study.model, study.sae).settings}
     return Store(folder / "answers", settings), shown
@@ -115,19 +134,20 @@ def read(study: Study, folder: Path) -> Finding:
         {"concepts": f"{task} ({len(names)})", "erased": method}
         | {metric: percent(mean(results, method, metric, names)) for metric in METRICS}
         | {"unlearning score": _score(results, method, UNLEARNING, names), "utility score": _utility(results, method, names)}
-        for task, names in study.tasks.items()
+        for task, names in erased(study).items()
         for method in order
     ]
     frame = pd.DataFrame(rows)
     for column in ("unlearning score", "utility score"):
         frame[column] = [f"{100 * value:.1f}" for value in frame[column]]
-    kept = len(probes.concepts) - len(study.concepts)
+    n_erased = sum(map(len, erased(study).values()))
     return Finding(
         "figure6",
         "Figure 6: many concepts at once",
-        f"{len(study.concepts)} concepts of {study.name}, in groups of {', '.join(map(str, sorted(study.size.merged)))} "
+        f"{n_erased} concepts of {study.name}, in groups of {', '.join(map(str, sorted(study.size.merged)))} "
         "erased at once: every concept in exactly one group of each size. Utility is asked of the "
-        f"{kept} concepts that no group holds, in all their images, also in those that hold an erased one.",
+        f"{len(probes.concepts) - n_erased} concepts that no group holds, in all their images, also in those that hold "
+        "an erased one.",
         frame,
         results.to_frame(),
         lambda: _drawn(results, study),
@@ -147,7 +167,7 @@ def _utility(results: Results, method: str, names: tuple[str, ...]) -> float:
 def _claims(results: Results, study: Study) -> list[Claim]:
     sizes = sorted(study.size.merged)
     claims: list[Claim] = []
-    for task, names in study.tasks.items():
+    for task, names in erased(study).items():
         utility = {size: _utility(results, called(size), names) for size in sizes}
         forgotten = {size: _score(results, called(size), UNLEARNING, names) for size in sizes}
         for said, values, most in (
@@ -171,7 +191,7 @@ def _claims(results: Results, study: Study) -> list[Claim]:
 def _drawn(results: Results, study: Study) -> Figure:
     figure, panels = new_figure(len(study.tasks))
     sizes = sorted(study.size.merged)
-    for panel, (task, names) in zip(panels, study.tasks.items(), strict=True):
+    for panel, (task, names) in zip(panels, erased(study).items(), strict=True):
         for label, metrics in (("unlearning score", UNLEARNING), ("utility score", UTILITY)):
             scores = [_score(results, called(size), metrics, names) for size in sizes]
             panel.plot(range(len(sizes)), [100 * score for score in scores], marker="o", label=label)

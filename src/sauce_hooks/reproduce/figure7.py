@@ -83,7 +83,7 @@ def _known(method: Method) -> Any:
 
 def _all(study: Study) -> dict[str, Method]:
     """The methods of the paper's figure. Those that only ask in other words have nothing that could be attacked."""
-    every = {OURS: Erasing(study.model, study.sae), **study.methods()}
+    every = {OURS: Erasing(study.model, study.sae, study.allow_bypass), **study.methods()}
     return {name: every[name] for name in (*PAPER_RIVALS, OURS) if name in every}
 
 

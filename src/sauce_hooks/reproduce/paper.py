@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sauce_hooks.errors import EvaluationWarning
 from sauce_hooks.evaluation import Budget, Endpoint, Judge, Lexicon, Method, ProbeSet, wording
@@ -44,7 +44,7 @@ from sauce_hooks.reproduce.preparing import (
     require,
     words,
 )
-from sauce_hooks.reproduce.study import OURS, Relative, Size, Study
+from sauce_hooks.reproduce.study import OURS, Relative, Size, Study, Task
 
 __all__ = ["paper", "paper_study", "prepare"]
 _FEW = 2
@@ -85,9 +85,10 @@ def paper_study(config: str, out: str) -> Study:
             f"{len(pool.left_out)} concepts of {protocol.name} are left out: {reasons}", EvaluationWarning, stacklevel=2
         )
     asked = words(protocol, processor)
-    tasks = {
+    tasks: dict[Task, tuple[str, ...]] = {
         task: tuple(c for d in protocol.domains if d.task == task for c in d.concepts if c in pool.concepts)
-        for task in dict.fromkeys(domain.task for domain in protocol.domains)
+        for task in get_args(Task)
+        if any(domain.task == task for domain in protocol.domains)
     }
     data = lessons(protocol, folder, model, processor, pool)
 
@@ -99,7 +100,7 @@ def paper_study(config: str, out: str) -> Study:
         known = rates(protocol, folder)
         settings = {name: protocol.rivals.trained_with(lr) for name, lr in known.items() if name in OBJECTIVES}
         given = Materials(model, processor, sae, sets, data, settings, folder.weights)
-        return {OURS: Erasing(model, sae), **make_methods(given, protocol.rivals.methods)}
+        return {OURS: Erasing(model, sae, protocol.model.allow_bypass), **make_methods(given, protocol.rivals.methods)}
 
     def attack_probes(concepts: Sequence[str], n: int) -> ProbeSet:
         found = pool.probes(asked, n, _FEW)
@@ -122,6 +123,7 @@ def paper_study(config: str, out: str) -> Study:
         attacks=(lambda: attacks(protocol, processor)) if protocol.attacks.names else None,
         training=lambda concepts: pool.training(asked, concepts),
         attack_probes=attack_probes,
+        allow_bypass=protocol.model.allow_bypass,
         judge=judge(protocol, folder),
         size=Size(**asdict(protocol.size)),
         batch_size=protocol.batch_size,

@@ -72,6 +72,9 @@ class Study:
     """Of some concepts, the training images that an attacker has."""
     attack_probes: Callable[[Sequence[str], int], ProbeSet] | None = field(default=None, repr=False)
     """Of some concepts, `n` test images with each and `n` without; `probes` by default."""
+    allow_bypass: bool = False
+    """Erase although the language side reads blocks before the SAE's, too, as in Llama-3.2-Vision: it is then a partial
+    erasure."""
     judge: Judge | None = None
     """Of descriptions; whole words by default."""
     size: Size = Size()

@@ -79,7 +79,14 @@ def _methods(study: Study, model: nn.Module, *, allow_mismatch: bool) -> dict[st
 
     def erasing(preserve_error: bool) -> Method:
         def make(concept: str) -> AbstractContextManager[Any]:
-            return ConceptEraser(model, study.sae, [concept], allow_mismatch=allow_mismatch, preserve_error=preserve_error)
+            return ConceptEraser(
+                model,
+                study.sae,
+                [concept],
+                allow_mismatch=allow_mismatch,
+                allow_bypass=study.allow_bypass,
+                preserve_error=preserve_error,
+            )
 
         return Known(make, {**settings, "preserve_error": preserve_error})
 
