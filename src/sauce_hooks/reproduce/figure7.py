@@ -172,7 +172,10 @@ def _least(attacked: Attacked) -> Claim:
     said = "; ".join(
         f"{attack}: " + ", ".join(f"{method} {points(-by[attack])}" for method, by in lost.items()) for attack in measured
     )
-    least = [all(lost[OURS][attack] <= by[attack] for attack in measured) for method, by in lost.items() if method != OURS]
+    cost = {
+        method: {attack: max(0.0, by[attack]) for attack in measured} for method, by in lost.items()
+    }  # a gain costs nothing
+    least = [all(cost[OURS][attack] <= by[attack] for attack in measured) for method, by in cost.items() if method != OURS]
     return Claim(
         "attacks cost SAUCE the least UA_d, of all methods and in either attack",
         "Figure 7",

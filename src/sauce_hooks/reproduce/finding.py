@@ -92,7 +92,9 @@ def percent(mean: tuple[float, float, float]) -> str:
 
 def points(value: float) -> str:
     """A difference of shares, in points."""
-    return "–" if math.isnan(value) else f"{100 * value:+.1f}".replace("-", "−")
+    if math.isnan(value):
+        return "–"
+    return f"{round(100 * value, 1) or 0.0:+.1f}".replace("-", "−").replace("+0.0", "0.0")
 
 
 def held(*margins: float, strict: bool = False) -> bool | None:
