@@ -119,7 +119,7 @@ def test_what_an_eraser_adds_is_the_features_share_of_the_reconstruction(name, s
     sae = trained(name, True, 12).sae.requires_grad_(False)
     x = 5 * torch.randn(3, 5, D_IN, generator=torch.Generator().manual_seed(seed))
     chosen = strongest(sae, x, 3)
-    edit = MergedEdit([Edit("all", sae, dict.fromkeys(chosen, Rule(gamma)))])
+    edit = MergedEdit([Edit("all", sae, dict.fromkeys(chosen, (Rule(gamma),)))])
     changed = edit(x)
     z = sae.encode(x)
     shares = sae.W_dec[chosen]

@@ -1,14 +1,17 @@
 """The command line, as a user meets it: what it prints, where, and with which exit code."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from sauce_hooks import scenes
+import sauce_hooks
+from sauce_hooks import HookPoint, find_hook_point, scenes
 from sauce_hooks.cli import app
 from sauce_hooks.sae import PRESETS, VisionSAE
+from sauce_hooks.scenes import load_model
 
 runner = CliRunner()
 
@@ -117,3 +120,13 @@ def test_learn_says_what_is_wrong_before_it_loads_anything(photos, options, mess
     result = learn(photos, *options)
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_programs_read_json():
+    result = runner.invoke(app, ["hook-point", "bundled", "--json"])
+    assert HookPoint.from_dict(json.loads(result.stdout)) == find_hook_point(load_model()[0])
+
+
+def test_the_version_and_completion_are_there():
+    assert runner.invoke(app, ["--version"]).output.strip() == sauce_hooks.__version__
+    assert "--show-completion" in runner.invoke(app, ["--help"], terminal_width=120).output

@@ -46,7 +46,7 @@ def acts(seed, dtype=torch.float64, batch=3, tokens=5):
 
 
 def edit(sae, gammas, preserve_error=True, tokens="patches"):
-    return Edit(tokens, sae, {f: Rule(gamma) for f, gamma in gammas.items()}, preserve_error)
+    return Edit(tokens, sae, {f: (Rule(gamma),) for f, gamma in gammas.items()}, preserve_error)
 
 
 def tensors(gammas, dtype=torch.float64):
@@ -251,7 +251,7 @@ def test_of_contradicting_gammas_the_strongest_holds(seed, factors):
 
 @pytest.mark.parametrize("split", [[{3: -0.5}, {3: 2.5}], [{3: 2.5}, {3: -0.5}]])
 def test_of_factors_equally_far_from_one_the_lower_holds(split):
-    assert merge_rules({f: Rule(gamma) for f, gamma in gammas.items()} for gammas in split) == {3: Rule(-0.5)}
+    assert merge_rules({f: Rule(gamma) for f, gamma in gammas.items()} for gammas in split) == {3: (Rule(-0.5),)}
 
 
 def test_the_same_feature_of_two_saes_is_no_contradiction():

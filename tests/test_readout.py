@@ -9,6 +9,7 @@ from sauce_hooks.bank import Concept, Subspace
 from sauce_hooks.concepts import SetStatistics, TokenMoments, keep_apart, read_out_score
 from sauce_hooks.concepts.readout import read_outs, written_direction
 from sauce_hooks.erasure import EDITS, Edit, MergedEdit
+from sauce_hooks.erasure.rules import merge_rules
 from sauce_hooks.errors import ContrastError
 from tiny import D_IN, make_sae
 
@@ -70,7 +71,7 @@ def test_gamma_scales_what_the_features_add_to_the_read_out(seed, gamma):
     x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64)
     features = (1, 4, 9)
     concept = Concept("c0", features, subspace=apart["c0"])
-    change = MergedEdit([Edit("patches", sae, EDITS["scale"](concept, gamma))])(x) - x
+    change = MergedEdit([Edit("patches", sae, merge_rules([EDITS["scale"](concept, gamma)]))])(x) - x
     read = {name: space.reader_rd[0].double() for name, space in apart.items()}
     added = sae.encode(x)[..., list(features)] @ (sae.W_dec[list(features)] @ read["c0"])
     torch.testing.assert_close(change @ read["c0"], (gamma - 1) * added, rtol=1e-3, atol=1e-3)
@@ -104,3 +105,38 @@ def test_two_concepts_that_are_one_cannot_be_kept_apart():
     moments = moments_of(0, n_concepts=2)
     with pytest.raises(ContrastError, match=r"'a': .*the same"):
         keep_apart({"a": moments["c0"], "b": moments["c0"]})
+
+
+gammas = st.sampled_from([-1.0, -0.25, 0.0, 0.5])
+
+
+@given(seed=seeds, one=gammas, other=gammas)
+@torch.no_grad()
+def test_concepts_that_share_a_feature_and_write_apart_forget_as_much_together_as_alone(seed, one, other):
+    """What the feature writes for one concept erases nothing of the other: both are written."""
+    sae, apart = make_sae("jumprelu", dtype="float64"), keep_apart(moments_of(seed))
+    x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64)
+    edits = {
+        name: Edit("patches", sae, merge_rules([EDITS["scale"](Concept(name, features, subspace=apart[name]), gamma)]))
+        for name, features, gamma in (("c0", (1, 4, 9), one), ("c1", (4, 9, 12), other))
+    }
+    together = MergedEdit(list(edits.values()))(x) - x
+    for name, edit in edits.items():
+        read = apart[name].reader_rd[0].double()
+        alone = MergedEdit([edit])(x) - x
+        scale = float(together.norm() * read.norm())
+        assert float(((together - alone) @ read).abs().max()) <= 1e-4 * scale + 1e-9
+
+
+@given(seed=seeds, everywhere=gammas, apart_gamma=gammas)
+@torch.no_grad()
+def test_where_a_feature_is_also_changed_everywhere_the_stronger_holds_and_nothing_is_twice(seed, everywhere, apart_gamma):
+    sae, apart = make_sae("jumprelu", dtype="float64"), keep_apart(moments_of(seed))["c0"]
+    x = torch.randn(2, 5, D_IN, generator=torch.Generator().manual_seed(seed + 2), dtype=torch.float64)
+    read = apart.reader_rd[0].double()
+    concepts = (Concept("c0", (4,), subspace=apart), apart_gamma), (Concept("all", (4,)), everywhere)
+    edits = [Edit("patches", sae, merge_rules([EDITS["scale"](concept, gamma)])) for concept, gamma in concepts]
+    seen = (MergedEdit(edits)(x) - x) @ read
+    furthest = max(everywhere, apart_gamma, key=lambda gamma: abs(gamma - 1))
+    wanted = (furthest - 1) * sae.encode(x)[..., 4] * (sae.W_dec[4] @ read)
+    torch.testing.assert_close(seen, wanted, rtol=1e-3, atol=1e-3)

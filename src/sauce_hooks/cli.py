@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,12 +35,34 @@ class _Verbs(TyperGroup):
 
 app = typer.Typer(
     cls=_Verbs,
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Make a vision-language model forget named concepts while it runs, without touching its weights.",
+    epilog="Exit codes: 0 done; 1 it could not be done, and why is said; 2 the command was not understood; 130 interrupted "
+    "(long runs go on where they were, called again with the same folder).",
 )
+SEE, MAKE, MEASURE = "See it", "On your own model", "Measure"
+"""The parts of the table of contents, in this order."""
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        from sauce_hooks import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
 
 ModelArgument = Annotated[
     str,
@@ -49,9 +72,15 @@ SAEArgument = Annotated[
     Path, typer.Argument(metavar="SAE", exists=True, file_okay=False, help="The folder that `train-sae` wrote.")
 ]
 ImagesHelp = "A folder of images, or one image."
+JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs to read.")]
 
 
-@app.command()
+def _say(as_json: bool, record: dict[str, Any], text: str) -> None:
+    """For programs, or for people."""
+    typer.echo(json.dumps(record, ensure_ascii=False) if as_json else text)
+
+
+@app.command(rich_help_panel=SEE)
 def demo(
     out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("sauce_hooks_demo.html"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images and concepts: half a minute.")] = False,
@@ -65,7 +94,7 @@ def demo(
     run(out, quick=quick)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def table(
     out: Annotated[Path, typer.Option(file_okay=False, help="The folder for the results.")] = Path("table"),
     n: Annotated[int, typer.Option(min=1, help="Test images that hold each concept, and as many that lack it.")] = 50,
@@ -83,7 +112,7 @@ def table(
     run(out, n, retained, concepts)
 
 
-@app.command()
+@app.command(rich_help_panel=MEASURE)
 def frontier(
     out: Annotated[
         Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
@@ -102,7 +131,53 @@ def frontier(
     run(out, jobs, concepts)
 
 
-@app.command("hook-point")
+@app.command(rich_help_panel=MEASURE)
+def reproduce(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="*table2*, *table4*, *figure6*, *figure7* or *all*.")],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
+    ] = Path("reproduction"),
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="A model at the paper's scale: *llava-1.5-7b*, *llama-3.2-11b-vision*, *smolvlm-256m*, or a file. "
+            "Its SAE is trained and its concepts are learnt first, where that is not done."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each; 1 with `--config`.")] = 2,
+    as_json: JSONOption = False,
+) -> None:
+    """Make the paper's tables and figures anew, and check what it claims, claim by claim. About 45 minutes on two cores.
+
+    Writes a CSV, a Markdown file and a picture of each, and one HTML page. Over several processes or GPUs:
+    `accelerate launch -m sauce_hooks reproduce ...`.
+
+    Example: `sauce-hooks reproduce figure6 --out runs/paper`
+    """
+    from dataclasses import asdict
+    from functools import partial
+
+    from rich.console import Console
+
+    from sauce_hooks.reproduce import EXPERIMENTS, bundled_study
+    from sauce_hooks.reproduce import reproduce as run
+
+    if what not in (*EXPERIMENTS, "all"):
+        raise typer.BadParameter(f"{what!r} is none of {', '.join(EXPERIMENTS)}, all", param_hint="WHAT")
+    names = tuple(EXPERIMENTS) if what == "all" else (what,)
+    make: Any = partial(bundled_study, out / "weights")
+    if config is not None:
+        from sauce_hooks.reproduce.paper import paper, prepare
+
+        prepare(config, out)
+        make = paper(config, out)
+    findings = run(make, out, names, jobs=jobs if config is None else 1, console=Console(stderr=as_json))
+    if as_json:
+        claims = [{**asdict(claim), "outcome": claim.outcome} for finding in findings for claim in finding.claims]
+        typer.echo(json.dumps({"out": str(out), "claims": claims}, ensure_ascii=False))
+
+
+@app.command("hook-point", rich_help_panel=MAKE)
 def hook_point(
     model: ModelArgument,
     layer: Annotated[
@@ -111,6 +186,7 @@ def hook_point(
             help="-1 is the last block of the vision tower, -2 the one before; or a dotted path. The best by default."
         ),
     ] = None,
+    as_json: JSONOption = False,
 ) -> None:
     """Show where in a model concepts would be erased. Reads the model's configuration, not its weights.
 
@@ -128,11 +204,10 @@ def hook_point(
         "tokens": f"{tokens_per_image(skeleton, place, 'patches') or 'any number of'} patches an image",
         "class token": place.layout.class_token,
     }
-    for name, fact in facts.items():
-        typer.echo(f"{name:<12} {fact}")
+    _say(as_json, place.to_dict(), "\n".join(f"{name:<12} {fact}" for name, fact in facts.items()))
 
 
-@app.command("train-sae")
+@app.command("train-sae", rich_help_panel=MAKE)
 def train_sae(
     model: ModelArgument,
     images: Annotated[
@@ -161,6 +236,7 @@ def train_sae(
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
     image_batch_size: Annotated[int, typer.Option(min=1, help="Images a forward of the tower.")] = 64,
     log_to: Annotated[list[str] | None, typer.Option(help="*tensorboard* or *wandb*; repeat for both.")] = None,
+    as_json: JSONOption = False,
 ) -> None:
     """Train a sparse autoencoder on one block of a model's vision tower.
 
@@ -192,10 +268,11 @@ def train_sae(
     )
     if sae.stats is not None:
         typer.echo(f"explained variance {sae.stats.explained_variance:.3f}, L0 {sae.stats.l0:.1f}", err=True)
-    typer.echo(out)
+    facts = {} if sae.stats is None else {"explained_variance": sae.stats.explained_variance, "l0": sae.stats.l0}
+    _say(as_json, {"out": str(out), **facts}, str(out))
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def learn(
     model: ModelArgument,
     sae: SAEArgument,
@@ -211,6 +288,7 @@ def learn(
     tune: Annotated[
         bool, typer.Option("--tune", help="Ask the model, and find how many features, how strongly, and where to write.")
     ] = False,
+    as_json: JSONOption = False,
 ) -> None:
     """Learn a concept from images with it and images without it; the SAE's folder remembers it.
 
@@ -234,10 +312,14 @@ def learn(
         concept = learn_concept(network, vision_sae, name, positives, negatives, k=k, gamma=gamma, **options)
     vision_sae.save(sae)
     best = ", ".join(f"{f} ({s:.3g})" for f, s in list(zip(concept.features, concept.scores, strict=True))[:5])
-    typer.echo(f"{name}: {len(concept.features)} features, best {best}")
+    text = f"{name}: {len(concept.features)} features, best {best}"
+    record: dict[str, Any] = {"name": name, "features": concept.features, "scores": concept.scores, "gamma": concept.gamma}
     if concept.effect is not None:
-        found = ", ".join(f"{metric} {100 * rate.value:.0f}%" for metric, rate in concept.effect.figures.items())
-        typer.echo(f"gamma {concept.gamma:g}, written {concept.provenance['written']}: {found} ({concept.effect.images})")
+        figures = concept.effect.figures
+        found = ", ".join(f"{metric} {100 * rate.value:.0f}%" for metric, rate in figures.items())
+        text += f"\ngamma {concept.gamma:g}, written {concept.provenance['written']}: {found} ({concept.effect.images})"
+        record["effect"] = {metric: rate.value for metric, rate in figures.items()}
+    _say(as_json, record, text)
 
 
 def _sibling(given: str) -> tuple[str, Path]:
@@ -247,7 +329,7 @@ def _sibling(given: str) -> tuple[str, Path]:
     return name, Path(images)
 
 
-@app.command()
+@app.command(rich_help_panel=MAKE)
 def features(
     sae: Annotated[
         str, typer.Argument(metavar="SAE", help="A folder that `train-sae` wrote, a hub id, or the word *bundled*.")
@@ -286,7 +368,7 @@ def features(
 
 
 concept_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at concepts.")
-app.add_typer(concept_app, name="concept")
+app.add_typer(concept_app, name="concept", rich_help_panel=MAKE)
 
 
 @concept_app.command("show")
@@ -335,14 +417,15 @@ def concept_show(
     typer.echo(write_concept(vision_sae, concept, out, evidence, sae_name=sae))
 
 
-@app.command()
+@app.command(rich_help_panel=SEE)
 def ask(
     model: ModelArgument,
     image: Annotated[Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False)],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question about the image.")],
     sae: Annotated[str | None, typer.Option(help="The SAE's folder or hub id; the bundled model brings its own.")] = None,
     erase: Annotated[list[str] | None, typer.Option(help="A concept to erase; repeat for several.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+    as_json: JSONOption = False,
 ) -> None:
     """Ask a model about an image, before and while it forgets.
 
@@ -367,10 +450,11 @@ def ask(
         output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    typer.echo(f"before: {answer()}")
+    answers = {"before": answer()}
     if eraser is not None:
         with eraser:
-            typer.echo(f"after:  {answer()}")
+            answers["after"] = answer()
+    _say(as_json, answers, "\n".join(f"{when + ':':<7} {said}" for when, said in answers.items()))
 
 
 def _images(images: str, split: str) -> Any:

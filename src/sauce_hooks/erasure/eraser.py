@@ -16,7 +16,7 @@ from sauce_hooks.erasure.attach import attach, attachments, check_ran, check_rea
 from sauce_hooks.erasure.attachment import Attachment, Scope
 from sauce_hooks.erasure.decorate import decorated
 from sauce_hooks.erasure.merging import Edit, merge_edits
-from sauce_hooks.erasure.rules import EDITS, Rule
+from sauce_hooks.erasure.rules import EDITS, Rules, merge_rules
 from sauce_hooks.erasure.several import Erasers
 from sauce_hooks.erasure.status import EraserStatus, status_of
 from sauce_hooks.errors import EditError, EraserStateError, SAEMismatchError
@@ -306,7 +306,7 @@ class ConceptEraser:
             return replace(nothing, projections=(_projection(concept, self.sae.d_in),), keep_norm=concept.keep_norm)
         rules = _rules(concept, kind, self._gamma, self.sae.d_sae)
         mixed = self.hook_point.layout.shape == "packed" or self.hook_point.place == "language"
-        if mixed and any(rule.share or rule.replace for rule in rules.values()):
+        if mixed and any(rule.share or rule.replace for of_feature in rules.values() for rule in of_feature):
             raise EditError(
                 f"the edit {kind!r} of {concept.name!r} looks at all tokens of an image, but {self.hook_point.path} has "
                 "more than one image, or text too, in a row, and cannot tell one from the next: use edit='scale'"
@@ -342,7 +342,7 @@ def _resolve(concept: ConceptLike, bank: ConceptBank) -> Concept:
     return Concept(name=f"features {list(features)}", features=features)
 
 
-def _rules(concept: Concept, kind: str, gamma: float | None, d_sae: int) -> dict[int, Rule]:
+def _rules(concept: Concept, kind: str, gamma: float | None, d_sae: int) -> Rules:
     """What an edit does to each feature of a concept."""
     outside = [feature for feature in concept.features if feature >= d_sae]
     if outside:
@@ -360,7 +360,7 @@ def _rules(concept: Concept, kind: str, gamma: float | None, d_sae: int) -> dict
         )
     factor = next(g for g in (gamma, concept.gamma, PAPER_GAMMA) if g is not None)
     rules = EDITS[kind](concept, factor)
-    return rules if gamma is None else {feature: replace(rule, stated=gamma) for feature, rule in rules.items()}
+    return merge_rules([{f: rule if gamma is None else replace(rule, stated=gamma) for f, rule in rules.items()}])
 
 
 def _projection(concept: Concept, d_in: int) -> Projection:

@@ -6,9 +6,10 @@ edits name is edited once: nesting must not scale it twice, for (−0.5)² would
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +30,7 @@ from sauce_hooks.erasure.edit import (
     project_out,
     sources,
 )
-from sauce_hooks.erasure.rules import Rule, merge_rules
+from sauce_hooks.erasure.rules import Rule, Rules, merge_rules
 from sauce_hooks.errors import EditError
 from sauce_hooks.hookpoint import EditTokens
 
@@ -46,8 +47,8 @@ class Edit:
 
     tokens: EditTokens
     sae: SAE[Any] | None = None
-    rules: Mapping[int, Rule] = field(default_factory=dict[int, Rule])
-    """What happens to each feature."""
+    rules: Rules = field(default_factory=dict[int, tuple[Rule, ...]])
+    """What happens to each feature: one rule for each place where it writes."""
     preserve_error: bool = True
     projections: tuple[Projection, ...] = ()
     keep_norm: bool = False
@@ -55,8 +56,9 @@ class Edit:
 
     @property
     def gammas(self) -> dict[int, float]:
-        """The factor γ of each feature; 1 leaves it alone."""
-        return {feature: rule.gamma for feature, rule in self.rules.items()}
+        """The factor γ of each feature, of several the one furthest from 1, which leaves it alone."""
+        furthest = {f: max(rules, key=lambda rule: (abs(rule.gamma - 1), -rule.gamma)) for f, rules in self.rules.items()}
+        return {feature: rule.gamma for feature, rule in furthest.items()}
 
 
 def merge_edits(edits: Sequence[Edit]) -> Edit:
@@ -103,9 +105,9 @@ class MergedEdit:
             if kept == {False}:
                 self._changes.append(_Decoded(sae, rules))
                 continue
-            rules = {feature: rule for feature, rule in rules.items() if not rule.is_null}
-            self._changes += _changes(sae, {f: rule for f, rule in rules.items() if not rule.replace})
-            replaced += _ruled(sae, {f: rule for f, rule in rules.items() if rule.replace})
+            parts = [(f, rule) for f, of_feature in sorted(rules.items()) for rule in of_feature if not rule.is_null]
+            self._changes += _changes(sae, [(f, rule) for f, rule in parts if not rule.replace], rules)
+            replaced += _ruled(sae, [(f, rule) for f, rule in parts if rule.replace])
         if projections:
             self._changes.append(_Projected(projections))
         self._replaced = replaced
@@ -145,23 +147,44 @@ class _Sparse:
         add_sparse_delta_(out, x, self._placed[place], kept)
 
 
+_Parts = Sequence[tuple[int, Rule]]
+"""Features with a rule each; a feature stands there once for each place where it writes."""
+_NO_RULES: Rules = MappingProxyType({})
+_NULL = Rule(1.0)
+
+
 class _Rules:
     """Rules of several features as tensors, where their SAE is."""
 
-    def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
-        features = sorted(rules)
-        table = [[rule.gamma, rule.offset, rule.gate, rule.share] for rule in (rules[f] for f in features)]
-        values = torch.tensor(table, device=sae.W_dec.device, dtype=sae.W_dec.dtype).reshape(-1, 4)
-        self.features_k = torch.tensor(features, dtype=torch.long, device=sae.W_dec.device)
-        self._gamma_k, self._offset_k, self._gate_k, self._share_k = values.T.contiguous()
+    def __init__(self, sae: SAE[Any], parts: _Parts, every: Rules = _NO_RULES) -> None:
+        self.features_k = torch.tensor([f for f, _ in parts], dtype=torch.long, device=sae.W_dec.device)
+        free = [_free(f, rule, every) for f, rule in parts]
+        self._values_4k = _table(sae, [rule for _, rule in parts])
+        self._free_4k = None if all(rule.is_null for rule in free) else _table(sae, free)
 
     def change(self, z: Tensor) -> Tensor:
-        """Δz."""
-        return gated_change(z, self._gamma_k, self._offset_k, self._gate_k, self._share_k).to(z.dtype)
+        """Δz; of a feature that is also changed everywhere, as much as goes beyond that."""
+        change = gated_change(z, *self._values_4k)
+        if self._free_4k is not None:
+            everywhere = gated_change(z, *self._free_4k)
+            change = torch.where(change.abs() > everywhere.abs(), change - everywhere, 0)
+        return change.to(z.dtype)
 
     def opened(self, z: Tensor) -> Tensor:
         """Where a gate is open."""
-        return gates_open(z, self._gate_k, self._share_k)
+        return gates_open(z, *self._values_4k[2:])
+
+
+def _table(sae: SAE[Any], rules: Sequence[Rule]) -> Float[Tensor, "4 k"]:
+    table = [[rule.gamma, rule.offset, rule.gate, rule.share] for rule in rules]
+    return torch.tensor(table, device=sae.W_dec.device, dtype=sae.W_dec.dtype).reshape(-1, 4).T.contiguous()
+
+
+def _free(feature: int, rule: Rule, every: Rules) -> Rule:
+    """Of a rule that writes to one place: the feature's rule that writes anywhere, which has been there already."""
+    if rule.subspace is None or not rule.subspace.inside:
+        return _NULL
+    return next((other for other in every.get(feature, ()) if other.subspace is None), _NULL)
 
 
 class _Ruled:
@@ -170,10 +193,10 @@ class _Ruled:
     The activations come to the SAE. All features have one subspace: what is decoded is confined to it as a whole.
     """
 
-    def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
-        self._sae, self._rules = sae, _Rules(sae, rules)
+    def __init__(self, sae: SAE[Any], parts: _Parts, every: Rules = _NO_RULES) -> None:
+        self._sae, self._rules = sae, _Rules(sae, parts, every)
         self._columns = Columns.of(sae, self._rules.features_k)
-        self._subspace = next(iter(rules.values())).subspace
+        self._subspace = parts[0][1].subspace
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
         where, part = _part(x, chosen, self._sae.W_dec)
@@ -205,13 +228,14 @@ class _Ruled:
 class _Decoded:
     """The whole activation decoded anew, without the error. Alone at its place, as `MergedEdit` has made sure."""
 
-    def __init__(self, sae: SAE[Any], rules: Mapping[int, Rule]) -> None:
-        if any(rule.replace for rule in rules.values()):
+    def __init__(self, sae: SAE[Any], rules: Rules) -> None:
+        parts = [(f, rule) for f, of_feature in sorted(rules.items()) for rule in of_feature]
+        if any(rule.replace for _, rule in parts):
             raise EditError(
                 "an edit that replaces tokens keeps the reconstruction error of the SAE: leave preserve_error=False out"
             )
-        self._sae, self._rules = sae, _Rules(sae, {f: rule for f, rule in rules.items() if rule.subspace is None})
-        self._confined = _ruled(sae, {f: rule for f, rule in rules.items() if rule.subspace is not None})
+        self._sae, self._rules = sae, _Rules(sae, [(f, rule) for f, rule in parts if rule.subspace is None])
+        self._confined = _ruled(sae, [(f, rule) for f, rule in parts if rule.subspace is not None], rules)
 
     def add_to(self, out: Tensor, x: Tensor, chosen: Positions) -> None:
         where, part = _part(x, chosen, self._sae.W_dec)
@@ -236,24 +260,31 @@ class _Projected:
         out[..., where, :] += (edited - part).to(x.device, x.dtype)
 
 
-def _changes(sae: SAE[Any], rules: Mapping[int, Rule]) -> list[_Sparse | _Ruled]:
+def _changes(sae: SAE[Any], parts: _Parts, every: Rules) -> list[_Sparse | _Ruled]:
     """What rules that replace no token come to: the plain ones at once by the fast path, if the SAE has one."""
     columns = None
-    plain = {feature: rule for feature, rule in rules.items() if rule.is_plain}
+    scaled = [rule.is_plain and _free(f, rule, every).is_plain for f, rule in parts]
+    plain = [part for part, is_scaled in zip(parts, scaled, strict=True) if is_scaled]
     if plain:
-        columns = Columns.of(sae, torch.tensor(sorted(plain), device=sae.W_dec.device))
+        columns = Columns.of(sae, torch.tensor([f for f, _ in plain], device=sae.W_dec.device))
     if columns is None:
-        return [*_ruled(sae, rules)]
-    ruled = {feature: rule for feature, rule in rules.items() if not rule.is_plain}
-    return [_Sparse(columns, [plain[feature] for feature in sorted(plain)]), *_ruled(sae, ruled)]
+        return [*_ruled(sae, parts, every)]
+    beyond = [replace(rule, gamma=_beyond(rule.gamma, _free(f, rule, every).gamma)) for f, rule in plain]
+    ruled = [part for part, is_scaled in zip(parts, scaled, strict=True) if not is_scaled]
+    return [_Sparse(columns, beyond), *_ruled(sae, ruled, every)]
 
 
-def _ruled(sae: SAE[Any], rules: Mapping[int, Rule]) -> list[_Ruled]:
+def _beyond(gamma: float, everywhere: float) -> float:
+    """What is left of a factor after another: γ − 1 = (γ′ − 1) + (γ″ − 1), if it goes further at all."""
+    return 1 + (gamma - everywhere) if abs(gamma - 1) > abs(everywhere - 1) else 1.0
+
+
+def _ruled(sae: SAE[Any], parts: _Parts, every: Rules = _NO_RULES) -> list[_Ruled]:
     """One change for the features of each subspace."""
-    by_subspace: dict[int, dict[int, Rule]] = {}
-    for feature in sorted(rules):
-        by_subspace.setdefault(id(rules[feature].subspace), {})[feature] = rules[feature]
-    return [_Ruled(sae, group) for group in by_subspace.values()]
+    by_subspace: dict[int, list[tuple[int, Rule]]] = {}
+    for feature, rule in parts:
+        by_subspace.setdefault(id(rule.subspace), []).append((feature, rule))
+    return [_Ruled(sae, group, every) for group in by_subspace.values()]
 
 
 def _confined_rows(written_kd: Float[Tensor, "k d"], rules: Sequence[Rule]) -> Float[Tensor, "k d"]:

@@ -52,11 +52,7 @@ def stronger(one: Rule, other: Rule) -> Rule:
     """
     if one == other:
         return one
-    if one.stated is not None and other.stated is not None and one.stated != other.stated:
-        raise EditError(
-            f"contradicting factors: γ = {one.stated} and γ = {other.stated}. Give the erasers one "
-            "factor, or leave gamma out: then the strongest of the concepts' own factors holds."
-        )
+    _agree(other, [one])
     first, second = _strength(one), _strength(other)
     if first == second and one.subspace != other.subspace:
         first, second = ((*s, _written_out(rule.subspace)) for s, rule in ((first, one), (second, other)))
@@ -85,17 +81,51 @@ def _written_out(subspace: Subspace | None) -> bytes:
     return bytes([subspace.inside]) + directions.detach().cpu().double().numpy().tobytes()
 
 
-def merge_rules(all_rules: Iterable[Mapping[int, Rule]]) -> dict[int, Rule]:
-    """One rule a feature: where several edits name it, the strongest."""
-    merged: dict[int, Rule] = {}
+Rules = Mapping[int, tuple[Rule, ...]]
+"""What happens to each feature: one rule for each place where it writes."""
+
+
+def merge_rules(all_rules: Iterable[Mapping[int, Rule | tuple[Rule, ...]]]) -> dict[int, tuple[Rule, ...]]:
+    """One rule a feature and place: where several edits name a feature and write to the same place, the strongest.
+
+    Two concepts that write to subspaces of their own do not stand in for one another: what a feature writes for the one
+    concept erases nothing of the other. All rules that write anywhere, or anywhere but to some place, are of one place.
+    """
+    merged: dict[int, dict[bytes, Rule]] = {}
     for rules in all_rules:
-        for feature, rule in rules.items():
-            held = merged.get(feature)
-            try:
-                merged[feature] = rule if held is None or held is rule else stronger(held, rule)
-            except EditError as problem:
-                raise EditError(f"feature {feature}: {problem}") from None
-    return merged
+        for feature, given in rules.items():
+            held = merged.setdefault(feature, {})
+            for rule in given if isinstance(given, tuple) else (given,):
+                place = _place(rule)
+                try:
+                    _agree(rule, held.values())
+                    held[place] = stronger(held[place], rule) if place in held else rule
+                except EditError as problem:
+                    raise EditError(f"feature {feature}: {problem}") from None
+    return {feature: _ordered(held) for feature, held in merged.items()}
+
+
+def _place(rule: Rule) -> bytes:
+    return _written_out(rule.subspace) if rule.subspace is not None and rule.subspace.inside else b""
+
+
+def _ordered(held: Mapping[bytes, Rule]) -> tuple[Rule, ...]:
+    """In an order of their own; a token that is replaced keeps nothing that another rule could write to."""
+    rules = [held[place] for place in sorted(held)]
+    return tuple(rule for rule in rules if rule.replace) or tuple(rules)
+
+
+def _agree(rule: Rule, held: Iterable[Rule]) -> None:
+    for other in held:
+        if rule.stated is not None and other.stated is not None and rule.stated != other.stated:
+            raise _contradiction(other, rule)
+
+
+def _contradiction(one: Rule, other: Rule) -> EditError:
+    return EditError(
+        f"contradicting factors: γ = {one.stated} and γ = {other.stated}. Give the erasers one "
+        "factor, or leave gamma out: then the strongest of the concepts' own factors holds."
+    )
 
 
 def scale(concept: Concept, gamma: float) -> dict[int, Rule]:

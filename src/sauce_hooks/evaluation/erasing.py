@@ -23,10 +23,12 @@ class Erasing:
 
     model: nn.Module
     sae: VisionSAE
+    allow_bypass: bool = False
+    """As `ConceptEraser` takes it."""
 
     def __call__(self, concept: str) -> ConceptEraser:
         """The eraser of one concept."""
-        return ConceptEraser(self.model, self.sae, [concept])
+        return ConceptEraser(self.model, self.sae, [concept], allow_bypass=self.allow_bypass)
 
     @cached_property
     def settings(self) -> dict[str, object]:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sauce_hooks.evaluation.answers import Answer
+from sauce_hooks.evaluation.markdown import in_cell, markdown_table
 from sauce_hooks.evaluation.metrics import FORGETTING, KEPT, METRICS, MOST, OUTCOMES, SHOWN, Rate
 from sauce_hooks.evaluation.probes import PROTOCOL_VERSION
 from sauce_hooks.evaluation.statistics import (
@@ -239,16 +240,10 @@ class Results:
     def to_markdown(self, groups: Mapping[str, Sequence[str]] | None = None, *, metrics: Sequence[str] = SHOWN) -> str:
         """The summary as a Markdown table. Retention of a method is a share of the original model's. Remarks follow."""
         frame = self.summary(groups, metrics=metrics)
-        lines = [list(frame.columns), ["---"] * len(frame.columns), *frame.to_numpy().tolist()]
-        table = "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-        return "\n".join([table, *(f"\n{_cell(remark)}" for remark in self.remarks())])
+        table = markdown_table(list(frame.columns), frame.to_numpy().tolist())
+        return "\n".join([table, *(f"\n{in_cell(remark)}" for remark in self.remarks())])
 
     def to_html(self, groups: Mapping[str, Sequence[str]] | None = None, *, metrics: Sequence[str] = SHOWN) -> str:
         """The summary as an HTML table, escaped, with the remarks under it."""
         table = self.summary(groups, metrics=metrics).to_html(index=False, border=0, classes="results", escape=True)
         return "\n".join([table, *(f'<p class="remark">{html.escape(remark)}</p>' for remark in self.remarks())])
-
-
-def _cell(text: Any) -> str:
-    """In one line, and within its cell."""
-    return " ".join(str(text).split()).replace("|", "\\|")

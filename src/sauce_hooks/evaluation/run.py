@@ -33,6 +33,7 @@ from sauce_hooks.evaluation.statistics import Counts
 from sauce_hooks.evaluation.store import Finished, Store, settings_of
 from sauce_hooks.hookpoint import evaluating
 from sauce_hooks.sae import VisionSAE
+from sauce_hooks.sae.progress import progress_bar
 
 Method = Callable[[str], AbstractContextManager[Any]]
 """Given a concept, something that makes the model forget it for the length of a `with`.
@@ -109,9 +110,7 @@ def evaluate(
     done: dict[tuple[str, str], Finished] = {}
     failures: dict[tuple[str, str], str] = {}
     first: Exception | None = None
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=len(concepts) * len(every), desc="evaluate", unit="erasure", disable=not progress)
+    bar = progress_bar(len(concepts) * len(every), "evaluate", "erasure", show=progress)
     with evaluating(model), bar:
         for concept in concepts:
             interview.about(concept)

@@ -116,10 +116,10 @@ class Store:
         write_text_atomically(path, json.dumps(content))
 
     def _path(self, method: str, concept: str) -> Path | None:
-        return self._folder and self._folder / "scores" / _slug(method) / f"{_slug(concept)}.json"
+        return self._folder and self._folder / "scores" / slug(method) / f"{slug(concept)}.json"
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """A file name that is safe anywhere and never the same for two names."""
     return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

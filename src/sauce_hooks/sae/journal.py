@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from sauce_hooks.bank import write_text_atomically
 from sauce_hooks.errors import PresetError
+from sauce_hooks.sae.progress import progress_bar
 
 TRACKERS = ("tensorboard", "wandb")
 """Dashboards that metrics can also go to; through accelerate, which knows how to talk to them."""
@@ -49,9 +50,7 @@ class Journal:
             settings: what the dashboards shall know of the training.
             show: whether to draw a bar.
         """
-        from tqdm.auto import tqdm
-
-        self._bar = tqdm(total=steps, initial=done, desc="train SAE", unit="step", disable=not show)
+        self._bar = progress_bar(steps, "train SAE", "step", show=show, done=done)
         self._file = folder / "metrics.jsonl" if folder is not None else None
         if self._file is not None:
             write_text_atomically(self._file, "".join(_lines_until(self._file, done)))

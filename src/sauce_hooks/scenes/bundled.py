@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sauce_hooks.errors import ModelBelowGateError
 
@@ -37,6 +37,31 @@ def load() -> tuple[LlavaForConditionalGeneration, LlavaProcessor, VisionSAE]:
 
     model, processor = load_model()
     return model, processor, VisionSAE.load(asset("sae"))
+
+
+Relative = Literal["larger", "finer"]
+"""Relatives of the bundled model: its tower under a larger language model; and four times the pixels (scenes.relatives)."""
+
+
+def load_relative(name: Relative) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A model to carry the bundled SAE over to, and its processor.
+
+    Its file holds what it does not share with the bundled model, in half the bytes.
+    """
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+
+    folder = asset(name)
+    bundled, _ = load_model()
+    model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    own = {key: tensor.float() for key, tensor in load_file(folder / "own.safetensors").items()}
+    shared = {key: tensor for key, tensor in bundled.state_dict().items() if key not in own and key in model.state_dict()}
+    with torch.no_grad():
+        model.load_state_dict({**shared, **own})
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+    return model.eval(), processor
 
 
 def load_paper_sae() -> VisionSAE:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sauce_hooks.bank import ConceptBank
 from sauce_hooks.concepts.tuning import Figures
+from sauce_hooks.evaluation.markdown import markdown_table
 from sauce_hooks.evaluation.measure import measure_probes, tune_concept
 from sauce_hooks.evaluation.metrics import bootstrap_mean
 from sauce_hooks.sae import VisionSAE
@@ -68,10 +69,9 @@ def run(ns: Sequence[int] = (20, 200), concepts: Sequence[str] | None = None) ->
     first, last = values[ns[0]], values[ns[-1]]
     rows = {f"{n} images": of_n for n, of_n in values.items()}
     rows["difference"] = {m: [b - a for a, b in zip(first[m], last[m], strict=True)] for m in METRICS}
-    lines = [["", *METRICS], ["---"] * (1 + len(METRICS))]
-    lines += [[name, *("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in bootstrap_mean(row[m]))) for m in METRICS)]
-              for name, row in rows.items()]  # fmt: skip
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[name, *("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * v for v in bootstrap_mean(row[m]))) for m in METRICS)]
+             for name, row in rows.items()]  # fmt: skip
+    table = markdown_table(["", *METRICS], lines)
     console.print(table, markup=False, soft_wrap=True)
     return table
 

@@ -23,6 +23,7 @@ from sauce_hooks.concepts.learn import contrast
 from sauce_hooks.concepts.projections import PROJECTIONS
 from sauce_hooks.concepts.readout import keep_apart, read_out_score
 from sauce_hooks.concepts.tuning import Figures, Measure, Target, Tuning, smallest_edit
+from sauce_hooks.evaluation.markdown import markdown_table
 from sauce_hooks.evaluation.measure import measure_probes
 from sauce_hooks.evaluation.metrics import bootstrap_mean
 from sauce_hooks.sae import VisionSAE
@@ -227,9 +228,7 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
             f"**{split.capitalize()} scenes.** Forgetting (the mean of UA_d and UA_g) [95% over concepts] / SRA, "
             f"each concept at the strongest γ that loses at most {100 * LOST:g} points of SRA on validation scenes; k = {K}",
             "",
-            "| score | " + " | ".join(edits) + " |",
-            "|---|" + "---|" * len(edits),
-            *("| " + " | ".join(row) + " |" for row in rows),
+            markdown_table(["score", *edits], rows),
             "",
             f"Without features: {dense}. Original model: {_summary(found, 'original', '', split)}.",
             "",

@@ -44,10 +44,15 @@ INSTRUCTION = "please tell no {}."
 SWEPT = ("tiger", "soccer", "red", "happy", "wood")
 """Concepts that learning rates are chosen on, one of each domain."""
 LRS: Mapping[Kind, tuple[float, ...]] = MappingProxyType(
-    {"lora": (3e-3, 1e-2, 3e-2, 1e-1), "full": (3e-4, 1e-3, 3e-3, 1e-2)}
+    {"lora": (3e-3, 5.6e-3, 1e-2, 3e-2, 1e-1), "full": (3e-4, 1e-3, 3e-3)}
 )
 """What is tried."""
-CHOSEN: Mapping[Kind, Mapping[str, float]] = MappingProxyType({"lora": MappingProxyType({}), "full": MappingProxyType({})})
+CHOSEN: Mapping[Kind, Mapping[str, float]] = MappingProxyType(
+    {
+        "lora": MappingProxyType({"GA": 5.6e-3, "GD": 1e-2, "KL": 1e-2, "PO": 1e-2, "NPO": 5.6e-3}),
+        "full": MappingProxyType({}),
+    }
+)
 """What a sweep over `SWEPT` chose, by method. Where there is nothing, `run` sweeps first."""
 
 

@@ -33,8 +33,7 @@ from sauce_hooks.scenes import language, world
 from sauce_hooks.scenes.bundled import asset, competence, load_model
 from sauce_hooks.scenes.learning import learn_bank, learn_paper_bank
 
-PIXELS, PATCH = 48, 8
-N_PATCHES = (PIXELS // PATCH) ** 2
+PATCH = 8
 SHARD = 2_000
 LABELS = (*world.CONCEPTS, "object", "face", "game")
 """What the heads learn: every concept, and the kind of thing, so that a thing without its concept is still a thing."""
@@ -51,6 +50,8 @@ class Recipe:
     seed: int = 0
     pool: int = 60_000
     """Scenes drawn for training."""
+    pixels: int = 48
+    """Of a side of the picture as the tower sees it."""
     width: int = 160
     layers: int = 5
     """Blocks of the tower; LLaVA reads the last but one, so the last is inert and stays as initialised."""
@@ -70,23 +71,28 @@ class Recipe:
     questions: int = 6
     """Yes/no questions asked of each image in a step, half of them true."""
 
+    @property
+    def side(self) -> int:
+        """Patches of a side."""
+        return self.pixels // PATCH
+
 
 # The pool. -----------------------------------------------------------------------------------------------------------
 
 
-def _draw_shard(job: tuple[int, int, str]) -> None:
+def _draw_shard(job: tuple[Recipe, int, str]) -> None:
     from sauce_hooks.scenes.render import render
 
-    seed, shard, path = job
-    pixels = np.zeros((SHARD, PIXELS, PIXELS, 3), dtype=np.uint8)
-    labels = np.zeros((SHARD, N_PATCHES, len(LABELS)), dtype=bool)
+    recipe, shard, path = job
+    size, n = recipe.pixels, recipe.side
+    pixels = np.zeros((SHARD, size, size, 3), dtype=np.uint8)
+    labels = np.zeros((SHARD, n * n, len(LABELS)), dtype=bool)
     for row in range(SHARD):
-        scene = scene_at(seed, shard * SHARD + row)
+        scene = scene_at(recipe.seed, shard * SHARD + row)
         drawn = render(scene)
-        pixels[row] = np.asarray(drawn.image.resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
-        side = drawn.masks[0].shape[0] * PATCH // PIXELS
+        pixels[row] = np.asarray(drawn.image.resize((size, size), Image.Resampling.BICUBIC))
+        side = drawn.masks[0].shape[0] // n
         for thing, mask in zip(scene.things, drawn.masks, strict=True):
-            n = PIXELS // PATCH
             cover = mask.reshape(n, side, n, side).mean((1, 3)).reshape(-1)
             for name in (*thing.concepts, thing.kind):
                 labels[row, cover > 0.2, LABELS.index(name)] = True
@@ -104,7 +110,7 @@ def draw_pool(recipe: Recipe, folder: Path, progress: Progress) -> None:
     """Draw the pool in shards of `SHARD` scenes; shards already there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = recipe.pool // SHARD
-    jobs = [(recipe.seed, i, str(path)) for i in range(shards) if not (path := folder / f"{i:03}.npz").exists()]
+    jobs = [(recipe, i, str(path)) for i in range(shards) if not (path := folder / f"{i:03}.npz").exists()]
     task = progress.add_task("draw scenes", total=shards, completed=shards - len(jobs))
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as workers:
         for _ in workers.imap_unordered(_draw_shard, jobs):
@@ -112,7 +118,7 @@ def draw_pool(recipe: Recipe, folder: Path, progress: Progress) -> None:
 
 
 def load_pool(recipe: Recipe, folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All pixels `[pool, 48, 48, 3]` (uint8) and patch labels `[pool, patches, labels]` (bool)."""
+    """All pixels `[pool, side, side, 3]` (uint8) and patch labels `[pool, patches, labels]` (bool)."""
     parts = [np.load(folder / f"{i:03}.npz") for i in range(recipe.pool // SHARD)]
     pixels = np.concatenate([part["pixels"] for part in parts])
     labels = np.concatenate([part["labels"] for part in parts])
@@ -129,7 +135,7 @@ def normalize(pixels: np.ndarray) -> Float[Tensor, "b 3 h w"]:
 # The model. ----------------------------------------------------------------------------------------------------------
 
 
-def build_processor() -> Any:
+def build_processor(pixels: int = Recipe.pixels) -> Any:
     """The real processor: CLIP image processing (Pillow), word-level tokenizer."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -151,7 +157,7 @@ def build_processor() -> Any:
         model_max_length=256,
         clean_up_tokenization_spaces=True,
     )
-    images = CLIPImageProcessorPil(size={"shortest_edge": PIXELS}, crop_size={"height": PIXELS, "width": PIXELS})
+    images = CLIPImageProcessorPil(size={"shortest_edge": pixels}, crop_size={"height": pixels, "width": pixels})
     return LlavaProcessor(
         image_processor=images,
         tokenizer=fast,
@@ -173,7 +179,7 @@ def build_model(recipe: Recipe, vocabulary: int) -> Any:
         intermediate_size=3 * recipe.width,
         num_hidden_layers=recipe.layers,
         num_attention_heads=5,
-        image_size=PIXELS,
+        image_size=recipe.pixels,
         patch_size=PATCH,
         projection_dim=recipe.width,
     )
@@ -195,7 +201,7 @@ def build_model(recipe: Recipe, vocabulary: int) -> Any:
         image_token_id=IMAGE,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
-        image_seq_length=N_PATCHES,
+        image_seq_length=recipe.side**2,
         tie_word_embeddings=True,
         pad_token_id=PAD,
         bos_token_id=BOS,
@@ -270,10 +276,14 @@ class TowerWithHeads(nn.Module):
         return self.heads(tower_tokens(self.tower, pixels))
 
 
-def train_tower(recipe: Recipe, model: Any, folder: Path, run: Path, progress: Progress) -> None:
-    """Binary cross-entropy on every patch (which labels cover it) and, max-pooled, on the image."""
+def train_tower(
+    recipe: Recipe, model: Any, folder: Path, run: Path, progress: Progress, heads: dict[str, Tensor] | None = None
+) -> None:
+    """Binary cross-entropy on every patch (which labels cover it) and, max-pooled, on the image; `heads` to begin with."""
     device = next(model.parameters()).device
     net = TowerWithHeads(model.model.vision_tower, recipe.width).to(device)
+    if heads is not None:
+        net.heads.load_state_dict(heads)
     stage = Stage(net, recipe.tower_lr, recipe.tower_steps, run / "tower.pt")
     task = progress.add_task("train tower", total=recipe.tower_steps, completed=stage.step)
     if stage.step == recipe.tower_steps:
@@ -286,9 +296,9 @@ def train_tower(recipe: Recipe, model: Any, folder: Path, run: Path, progress: P
         rows = np.sort(rng.integers(held, len(pixels), recipe.tower_batch))
         x, y = pixels[rows], labels[rows]
         if rng.random() < 0.5:  # mirror: nothing in this world is told apart by its handedness
-            n = PIXELS // PATCH
+            n = recipe.side
             x = x[:, :, ::-1].copy()
-            y = y.reshape(len(rows), n, n, -1)[:, :, ::-1].reshape(len(rows), N_PATCHES, -1).copy()
+            y = y.reshape(len(rows), n, n, -1)[:, :, ::-1].reshape(len(rows), n * n, -1).copy()
         x = normalize(x)
         x = x * torch.from_numpy(rng.uniform(0.9, 1.1, (len(x), 1, 1, 1)).astype(np.float32))
         logits = net(x.to(device))
@@ -448,7 +458,7 @@ def train_reader(recipe: Recipe, model: Any, processor: Any, folder: Path, run: 
         return known[text]
 
     prefix_ids = [BOS, *tokenizer("user:", add_special_tokens=False).input_ids]
-    start, prefix = len(prefix_ids), len(prefix_ids) + N_PATCHES
+    start, prefix = len(prefix_ids), len(prefix_ids) + recipe.side**2
     average = 2.0
     while stage.step < stage.steps:
         rng = np.random.default_rng((recipe.seed, 2, stage.step))

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sauce_hooks.bank import Rate
+from sauce_hooks.evaluation.markdown import markdown_table
 from sauce_hooks.evaluation.metrics import bootstrap_mean
 from sauce_hooks.evaluation.results import ORIGINAL
 
@@ -116,16 +117,16 @@ class Attacked:
             found = [leak for leak in self.leaks if leak.attack == attack]
             figures = [figure for figure in LEAKS if any(figure in leak.rates for leak in found)]
             rows = dict.fromkeys((leak.setting, leak.method) for leak in found)
-            parts += [f"**{attack.capitalize()}**", "", _line(["setting", "method", "concepts", *figures])]
-            parts.append(_line(["---"] * (len(figures) + 3)))
-            for setting, method in rows:
-                means = [_percent(self.mean(attack, setting, method, figure)) for figure in figures]
-                parts.append(_line([setting, method, str(len(self._of(attack, setting, method))), *means]))
-            parts.append("")
-        rows = self.goals()
-        if rows:
-            parts += ["**Goals**", "", _line(["goal", "method", "measured", "reached"]), _line(["---"] * 4)]
-            parts += [_line([str(row[name]) for name in ("goal", "method", "measured", "reached")]) for row in rows]
+            cells = [
+                [setting, method, len(self._of(attack, setting, method))]
+                + [_percent(self.mean(attack, setting, method, figure)) for figure in figures]
+                for setting, method in rows
+            ]
+            table = markdown_table(["setting", "method", "concepts", *figures], cells)
+            parts += [f"**{attack.capitalize()}**", "", table, ""]
+        if goals := self.goals():
+            header = ("goal", "method", "measured", "reached")
+            parts += ["**Goals**", "", markdown_table(header, [[row[name] for name in header] for row in goals])]
         return "\n".join(parts).rstrip()
 
     def goals(self) -> list[dict[str, Any]]:
@@ -161,10 +162,6 @@ class Attacked:
 
 def _name(figure: str, less: str | None) -> str:
     return figure if less is None else f"{figure} − {less}"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _percent(mean: tuple[float, float, float]) -> str:

@@ -29,6 +29,7 @@ from sauce_hooks.evaluation.probes import ProbeSet, Wording
 from sauce_hooks.evaluation.results import ORIGINAL
 from sauce_hooks.evaluation.run import Method
 from sauce_hooks.hookpoint import evaluating
+from sauce_hooks.sae.progress import progress_bar
 
 Attack = Callable[[Subject], list[Leak]]
 """What it gets out of a subject; it leaves the model as it was."""
@@ -100,9 +101,7 @@ def run_attacks(
         )
     every: dict[str, Method] = {ORIGINAL: lambda concept: nullcontext(), **methods}
     leaks: list[Leak] = []
-    from tqdm.auto import tqdm
-
-    bar = tqdm(total=len(concepts) * len(every) * len(chosen), desc="attack", unit="attack", disable=not progress)
+    bar = progress_bar(len(concepts) * len(every) * len(chosen), "attack", "attack", show=progress)
     with evaluating(model), bar:
         for concept in concepts:
             for name, method in every.items():

@@ -1,0 +1,153 @@
+"""Runs experiments: their units are shared among processes, and what is finished lies on disk, where all of them meet."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sauce_hooks.reproduce import figure6, figure7, table2, table4
+from sauce_hooks.reproduce.finding import Finding
+from sauce_hooks.reproduce.page import write_findings
+from sauce_hooks.reproduce.study import Study
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure of the paper."""
+
+    about: str
+    units: Callable[[Study], list[tuple[str, ...]]]
+    """What can be done apart."""
+    fill: Callable[[Study, Path, tuple[str, ...]], None]
+    """Does one unit and keeps it in a folder; does nothing if it is there."""
+    read: Callable[[Study, Path], Finding]
+    """The finding, once every unit is there."""
+
+
+EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
+    {
+        "table2": Experiment("SAUCE and its rivals", table2.units, table2.fill, table2.read),
+        "table4": Experiment("the same SAE in other models", table4.units, table4.fill, table4.read),
+        "figure6": Experiment("many concepts at once", figure6.units, figure6.fill, figure6.read),
+        "figure7": Experiment("attacks", figure7.units, figure7.fill, figure7.read),
+    }
+)
+
+
+def reproduce(
+    make: Callable[[], Study],
+    out: Path,
+    names: Sequence[str] = tuple(EXPERIMENTS),
+    *,
+    jobs: int = 1,
+    console: Console | None = None,
+) -> list[Finding]:
+    """Run experiments, or go on where an earlier run was cut off, and write what they found.
+
+    In `out`: a CSV, a Markdown file and a picture of each, `index.html` with all, and a folder each of what is finished.
+    Under `accelerate launch` (or torchrun) every process takes its share of the units; the first one writes.
+
+    Args:
+        make: makes the study, anew in every process; picklable.
+        out: where to write.
+        names: which of `EXPERIMENTS`.
+        jobs: processes of one core each on this machine; 1 works in this process. Not with `accelerate launch`.
+        console: where to print.
+
+    Returns:
+        The findings; none in other processes than the first.
+
+    Raises:
+        ValueError: an unknown experiment.
+        ResumeError: the folder holds results of another study.
+    """
+    if unknown := [name for name in names if name not in EXPERIMENTS]:
+        raise ValueError(f"unknown experiment {unknown[0]!r}; known: {', '.join(EXPERIMENTS)}")
+    console = console or Console()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    out.mkdir(parents=True, exist_ok=True)
+    study = make()
+    found: list[Finding] = []
+    for name in names:
+        experiment, folder = EXPERIMENTS[name], out / name
+        todo = experiment.units(study)
+        if rank == 0:
+            experiment.fill(study, folder, todo[0])  # lays the folder out, before others write to it
+        _meet(world)
+        work = todo[rank::world]
+        with _progress(console, quiet=rank > 0) as bar:
+            task = bar.add_task(name, total=len(work))
+            for _ in _filled(make, study, name, folder, work, jobs if world == 1 else 1):
+                bar.advance(task)
+        _meet(world)
+        if rank == 0:
+            finding = experiment.read(study, folder)
+            finding.write(out)
+            found.append(finding)
+            write_findings(found, out / "index.html", study.name)
+            for claim in finding.claims:
+                console.print(f"  {claim.outcome}: {claim.said}: {claim.measured}", markup=False, highlight=False)
+    if rank == 0:
+        console.print(f"written to {out}", markup=False)
+    return found
+
+
+def _filled(
+    make: Callable[[], Study],
+    study: Study,
+    name: str,
+    folder: Path,
+    work: Sequence[tuple[str, ...]],
+    jobs: int,
+) -> Iterator[None]:
+    """Does the work; yields after each unit."""
+    if jobs == 1 or len(work) < 2:
+        for unit in work:
+            EXPERIMENTS[name].fill(study, folder, unit)
+            yield
+        return
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make,))
+    try:
+        yield from pool.map(_do, [(name, folder, unit) for unit in work])
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)  # what is finished is on disk
+        raise
+    pool.shutdown()
+
+
+_study: list[Study] = []
+
+
+def _start(make: Callable[[], Study]) -> None:
+    torch.set_num_threads(1)
+    _study.append(make())
+
+
+def _do(what: tuple[str, Path, tuple[str, ...]]) -> None:
+    name, folder, unit = what
+    EXPERIMENTS[name].fill(_study[0], folder, unit)
+
+
+def _meet(world: int) -> None:
+    """Wait for the other processes."""
+    if world > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+
+@contextmanager
+def _progress(console: Console, *, quiet: bool) -> Generator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet) as bar:
+        yield bar
