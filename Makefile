@@ -42,6 +42,7 @@ $(STAMPS)/run: $(STAMPS)/torch pyproject.toml constraints.txt
 
 $(STAMPS)/dev: $(STAMPS)/torch pyproject.toml constraints.txt
 	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) --no-deps lmms-eval # what its core needs is in the extra; docs/lmms-eval.md says why
 	@touch $(STAMPS)/run $@
 
 $(STAMPS)/docs: $(STAMPS)/torch pyproject.toml constraints.txt

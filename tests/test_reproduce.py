@@ -44,7 +44,7 @@ def _other_tower():
     return model, processor
 
 
-def make(weights):
+def make(weights=None):
     """Four concepts, a rival without training, and two relatives: the model itself, and one of another tower."""
     study = bundled_study(weights, SIZE)
     methods = {name: study.methods()[name] for name in (OURS, "random features")}
@@ -57,7 +57,7 @@ def make(weights):
     )
 
 
-def make_one(weights):
+def make_one(weights=None):
     """The same with one concrete concept."""
     study = make(weights)
     return replace(study, tasks={"concrete": ("tiger",), "abstract": ("red",)}, size=replace(SIZE, merged=(1, 2)))
@@ -183,10 +183,10 @@ def test_a_second_run_asks_nothing_again(small, monkeypatch):
 @pytest.mark.slow
 def test_a_folder_of_another_study_is_refused_and_damage_is_named(small):
     out, _ = small
-    other = replace(make_one(out / "weights"), size=replace(SIZE, merged=(1, 2), attack_n=3))
+    other = replace(make_one(), size=replace(SIZE, merged=(1, 2), attack_n=3))
     with pytest.raises(ResumeError, match="other settings: size"):
         figure7.read(other, out / "figure7")
-    study = make_one(out / "weights")
+    study = make_one()
     (part,) = (out / "figure7" / "parts").rglob("*.json")
     whole = part.read_text()
     part.write_text(whole[:40])
@@ -206,7 +206,7 @@ def test_processes_share_the_units_and_only_the_first_writes(tmp_path, monkeypat
         tuple(json.loads(file.read_text())["about"])
         for file in (tmp_path / "figure6" / "answers" / "scores").rglob("*.json")
     }
-    units = figure6.units(make(tmp_path / "weights"))
+    units = figure6.units(make())
     assert done == {unit[1:] for unit in units[1::2]}
 
 

@@ -137,7 +137,13 @@ def reproduce(
     out: Annotated[
         Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
     ] = Path("reproduction"),
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 2,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="A model at the paper's scale: *llava-1.5-7b*, *llama-3.2-11b-vision*, *smolvlm-256m*, or a file."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each; 1 with `--config`.")] = 2,
     as_json: JSONOption = False,
 ) -> None:
     """Make the paper's tables and figures anew, and check what it claims, claim by claim. About 45 minutes on two cores.
@@ -148,6 +154,7 @@ def reproduce(
     Example: `sauce-hooks reproduce figure6 --out runs/paper`
     """
     from dataclasses import asdict
+    from functools import partial
 
     from rich.console import Console
 
@@ -157,7 +164,12 @@ def reproduce(
     if what not in (*EXPERIMENTS, "all"):
         raise typer.BadParameter(f"{what!r} is none of {', '.join(EXPERIMENTS)}, all", param_hint="WHAT")
     names = tuple(EXPERIMENTS) if what == "all" else (what,)
-    findings = run(bundled_study, out, names, jobs=jobs, console=Console(stderr=as_json))
+    make: Any = partial(bundled_study, out / "weights")
+    if config is not None:
+        from sauce_hooks.reproduce.paper import paper
+
+        make = paper(config, out)
+    findings = run(make, out, names, jobs=jobs if config is None else 1, console=Console(stderr=as_json))
     if as_json:
         claims = [{**asdict(claim), "outcome": claim.outcome} for finding in findings for claim in finding.claims]
         typer.echo(json.dumps({"out": str(out), "claims": claims}, ensure_ascii=False))

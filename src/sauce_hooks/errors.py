@@ -122,3 +122,7 @@ class JudgeFileError(SauceHooksError, ValueError):
 
 class UnjudgedAnswersWarning(UserWarning):
     """A judge can't tell for some descriptions; counts them and says why. They count as mentions."""
+
+
+class LmmsEvalError(SauceHooksError, ValueError):
+    """A model for lmms-eval that can't be: arguments, a task it does not do, or no lmms-eval; says which."""

@@ -17,7 +17,7 @@ from sauce_hooks.scenes.rivals import CHOSEN, materials
 CONCRETE = ("tiger", "cat", "car", "clock", "fish", "tree", "soccer", "tennis", "baseball", "golf")
 ABSTRACT = ("red", "green", "blue", "pink", "happy", "sad", "bored", "wood", "metal", "fabric")
 """Fourteen others are never erased: of each domain some, so that what merging costs can be asked of them."""
-SIZE = Size(n=12, retained=2, merged=(1, 5, 10, 20), attacked=5, attack_n=10, perturbed=3, perturbed_n=5)
+SIZE = Size(n=12, retained=2, merged=(1, 5, 10, 20), attacked=5, attack_n=10, perturbed=5, perturbed_n=8)
 """What two cores do in less than 45 minutes."""
 
 

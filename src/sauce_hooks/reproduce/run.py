@@ -45,7 +45,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
 
 
 def reproduce(
-    make: Callable[[Path], Study],
+    make: Callable[[], Study],
     out: Path,
     names: Sequence[str] = tuple(EXPERIMENTS),
     *,
@@ -58,7 +58,7 @@ def reproduce(
     Under `accelerate launch` (or torchrun) every process takes its share of the units; the first one writes.
 
     Args:
-        make: makes the study, in every process, from the folder that trained weights are kept in; picklable.
+        make: makes the study, anew in every process; picklable.
         out: where to write.
         names: which of `EXPERIMENTS`.
         jobs: processes of one core each on this machine; 1 works in this process. Not with `accelerate launch`.
@@ -76,8 +76,7 @@ def reproduce(
     console = console or Console()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     out.mkdir(parents=True, exist_ok=True)
-    weights = out / "weights"
-    study = make(weights)
+    study = make()
     found: list[Finding] = []
     for name in names:
         experiment, folder = EXPERIMENTS[name], out / name
@@ -88,7 +87,7 @@ def reproduce(
         work = todo[rank::world]
         with _progress(console, quiet=rank > 0) as bar:
             task = bar.add_task(name, total=len(work))
-            for _ in _filled(make, weights, study, name, folder, work, jobs if world == 1 else 1):
+            for _ in _filled(make, study, name, folder, work, jobs if world == 1 else 1):
                 bar.advance(task)
         _meet(world)
         if rank == 0:
@@ -104,8 +103,7 @@ def reproduce(
 
 
 def _filled(
-    make: Callable[[Path], Study],
-    weights: Path,
+    make: Callable[[], Study],
     study: Study,
     name: str,
     folder: Path,
@@ -118,7 +116,7 @@ def _filled(
             EXPERIMENTS[name].fill(study, folder, unit)
             yield
         return
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make, weights))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make,))
     try:
         yield from pool.map(_do, [(name, folder, unit) for unit in work])
     except BaseException:
@@ -130,9 +128,9 @@ def _filled(
 _study: list[Study] = []
 
 
-def _start(make: Callable[[Path], Study], weights: Path) -> None:
+def _start(make: Callable[[], Study]) -> None:
     torch.set_num_threads(1)
-    _study.append(make(weights))
+    _study.append(make())
 
 
 def _do(what: tuple[str, Path, tuple[str, ...]]) -> None:
