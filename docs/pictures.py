@@ -21,7 +21,7 @@ ERASED = ("red", "tiger")
 SHOWN = (("red", "tiger"), ("tiger",), ("red",), ())
 """Which of the erased concepts each scene holds."""
 SEED, TRIED = 7_000, 5
-COLOURS = 64
+COLOURS = 128
 """Colours of a picture: what makes it small."""
 
 

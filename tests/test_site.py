@@ -63,4 +63,4 @@ def test_reading_the_site_fetches_nothing():
     assert not {"extra_javascript", "extra_css"} & set(CONFIG)
     for page in DOCS.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r'!\[[^]]*\]\(https?:|<(?:img|script|link|iframe)\b[^>]*https?:', text), page
+        assert not re.search(r"!\[[^]]*\]\(https?:|<(?:img|script|link|iframe)\b[^>]*https?:", text), page
