@@ -126,3 +126,7 @@ class UnjudgedAnswersWarning(UserWarning):
 
 class LmmsEvalError(SauceHooksError, ValueError):
     """A model for lmms-eval that can't be: arguments, a task it does not do, or no lmms-eval; says which."""
+
+
+class ConfigError(SauceHooksError, ValueError):
+    """A configuration of an experiment that cannot be: an unknown key, a wrong value, a file that is not there."""

@@ -295,6 +295,15 @@ def iter_inputs(images: Any, processor: Any, batch_size: int) -> Iterator[Inputs
     judge(seen, len(broken), broken)
 
 
+_NESTED = frozenset({"MllamaProcessor"})
+"""Processors that take a flat list of images for those of one prompt."""
+
+
+def one_a_prompt(images: Sequence[Any], processor: Any) -> list[Any]:
+    """Images as a processor takes them beside as many prompts, each with one image."""
+    return [[image] for image in images] if type(processor).__name__ in _NESTED else list(images)
+
+
 def to_device(inputs: Inputs, like: Tensor) -> dict[str, Any]:
     """The tensors on a parameter's device, floating ones in its dtype."""
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sauce_hooks.activations.images import to_device
+from sauce_hooks.activations.images import one_a_prompt, to_device
 from sauce_hooks.evaluation.probes import Question, Wording
 
 Status = Literal["yes", "no", "refusal", "invalid", "text"]
@@ -128,7 +128,7 @@ def prepare(
             if id(question.probe) not in images:
                 images[id(question.probe)] = question.probe.image
         inputs = processor(
-            images=[images[id(question.probe)] for question in part],
+            images=one_a_prompt([images[id(question.probe)] for question in part], processor),
             text=[wording.prompt(question) for question in part],
             return_tensors="pt",
             padding=True,

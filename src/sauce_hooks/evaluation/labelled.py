@@ -91,11 +91,13 @@ class Labelled:
     concepts: frozenset[str]
     missing: frozenset[str] = frozenset()
     """Concepts that are said not to be in it."""
+    belongs: Split | None = None
+    """Where it belongs, if it comes from a dataset that has splits of its own."""
 
     @property
     def split(self) -> Split:
-        """Where the image belongs, by the digest of its content and nothing else."""
-        return split_of(self.picture.name)
+        """Where the image belongs: by its dataset's own split, or else by the digest of its content and nothing else."""
+        return self.belongs or split_of(self.picture.name)
 
 
 def split_of(digest: str) -> Split:

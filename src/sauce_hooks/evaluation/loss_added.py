@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from sauce_hooks.activations import read_activations
-from sauce_hooks.activations.images import to_device
+from sauce_hooks.activations.images import one_a_prompt, to_device
 from sauce_hooks.bank import Projection
 from sauce_hooks.erasure import ConceptEraser, Edit, attach, check_ran, detach
 from sauce_hooks.errors import ImagesError
@@ -63,7 +63,7 @@ def prepare_answers(answered: Sequence[Answered], processor: Any, batch_size: in
         part = answered[start : start + batch_size]
         inputs = dict(
             processor(
-                images=[item.image for item in part],
+                images=one_a_prompt([item.image for item in part], processor),
                 text=[item.prompt for item in part],
                 return_tensors="pt",
                 padding=True,

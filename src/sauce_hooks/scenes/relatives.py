@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from sauce_hooks.scenes.bundled import Relative, asset, competence, load_model
 from sauce_hooks.scenes.training import Recipe, build_model, build_processor, draw_pool, save, train_reader, train_tower
 
-LARGER = replace(Recipe(), lm_width=160, lm_layers=5, lm_steps=2_600)
+LARGER = replace(Recipe(), lm_width=160, lm_layers=5, lm_steps=2_300)
 """1.9 times the parameters behind the tower, as in the paper's pair."""
 FINER = replace(
     Recipe(), pixels=96, pool=12_000, tower_steps=300, tower_batch=32, tower_lr=5e-4, lm_steps=400, lm_batch=20, lm_lr=1e-3
