@@ -60,7 +60,7 @@ def test_every_page_is_in_the_menu_once():
 
 def test_reading_the_site_fetches_nothing():
     assert CONFIG["theme"]["font"] is False
-    assert not {"extra_javascript", "extra_css"} & set(CONFIG)
+    assert not [file for file in (*CONFIG.get("extra_css", ()), *CONFIG.get("extra_javascript", ())) if "//" in file]
     for page in DOCS.rglob("*.md"):
         text = page.read_text(encoding="utf-8")
         assert not re.search(r"!\[[^]]*\]\(https?:|<(?:img|script|link|iframe)\b[^>]*https?:", text), page
