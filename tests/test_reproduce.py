@@ -35,6 +35,8 @@ from sauce_hooks.reproduce.page import write_findings
 from sauce_hooks.scenes import load_model
 
 TASKS = {"concrete": ("tiger", "soccer"), "abstract": ("red", "happy")}
+KEPT = ("tiger", "cat", "car", "red", "blue", "happy", "sad")
+"""What retention is asked of."""
 SIZE = Size(n=4, retained=1, merged=(1, 4), attacked=1, attack_n=2, perturbed=1, perturbed_n=1)
 
 
@@ -48,8 +50,14 @@ def make(weights=None):
     """Four concepts, a rival without training, and two relatives: the model itself, and one of another tower."""
     study = bundled_study(weights, SIZE)
     methods = {name: study.methods()[name] for name in (OURS, "random features")}
+
+    def few(n, retained):
+        shown = study.probes(n, retained)
+        return replace(shown, retained={concept: shown.retained[concept] for concept in KEPT})
+
     return replace(
         study,
+        probes=few,
         tasks=TASKS,
         methods=lambda: methods,
         relatives=(Relative("twin", "transfers", load_model), Relative("stranger", "ruined", _other_tower)),
@@ -161,7 +169,7 @@ def test_what_is_measured_on_four_images_is_what_a_user_expects(small):
     assert float(table.loc[("concrete (1)", "original model"), "unlearning score"]) <= 25
     transfer = {claim.said: claim for claim in found["table4"].claims}
     twin = next(claim for said, claim in transfer.items() if said.startswith("twin"))
-    assert twin.holds and "mean +0.0" in twin.measured.replace("−0.0", "+0.0"), "the same model loses nothing"
+    assert twin.holds and twin.measured.endswith("mean 0.0"), "the same model loses nothing"
     refused = next(claim for said, claim in transfer.items() if "refused" in said)
     assert refused.holds and "SAEMismatchError" in refused.measured
 
