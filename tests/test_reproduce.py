@@ -1,6 +1,5 @@
 """The paper's tables and figures by one command: claims, resuming, sharing among processes, and the page."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from sauce_hooks.cli import app
 from sauce_hooks.errors import ResumeError
 from sauce_hooks.evaluation import ORIGINAL, Results
 from sauce_hooks.evaluation.attacks import Quantisation
+from sauce_hooks.evaluation.store import slug
 from sauce_hooks.reproduce import (
     EXPERIMENTS,
     OURS,
@@ -204,18 +204,30 @@ def test_a_folder_of_another_study_is_refused_and_damage_is_named(small):
 
 
 @pytest.mark.slow
-def test_processes_share_the_units_and_only_the_first_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("sauce_hooks.reproduce.run._meet", lambda world: None)
+def test_processes_do_what_none_is_at_and_only_the_first_writes(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = []
+    fill = figure6.fill
+    experiment = replace(EXPERIMENTS["figure6"], fill=lambda *given: (asked.append(given[2]), fill(*given)))
+    monkeypatch.setattr("sauce_hooks.reproduce.run.EXPERIMENTS", {"figure6": experiment})
     monkeypatch.setenv("RANK", "1")
-    assert reproduce(make, tmp_path, ["figure6"]) == []
+    units = figure6.units(make_one())
+    for unit in units[:2]:  # the other process has been there
+        reproduce_done(tmp_path / "done" / "figure6", unit)
+    fill(make_one(), tmp_path / "figure6", units[0])
+    fill(make_one(), tmp_path / "figure6", units[1])
+    assert reproduce(make_one, tmp_path, ["figure6"]) == []
+    assert asked == units[2:]
     assert not (tmp_path / "figure6.md").exists()
-    done = {
-        tuple(json.loads(file.read_text())["about"])
-        for file in (tmp_path / "figure6" / "answers" / "scores").rglob("*.json")
-    }
-    units = figure6.units(make())
-    assert done == {unit[1:] for unit in units[1::2]}
+    monkeypatch.setenv("RANK", "0")
+    (found,) = reproduce(make_one, tmp_path, ["figure6"])
+    assert asked == units[2:], "nothing is done twice"
+    assert (tmp_path / "figure6.md").read_text() == found.to_markdown()
+
+
+def reproduce_done(folder, unit):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / slug(" ".join(unit))).touch()
 
 
 def test_an_unknown_experiment_is_named(tmp_path):
