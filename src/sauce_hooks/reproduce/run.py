@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -118,11 +119,14 @@ def _filled(
             EXPERIMENTS[name].fill(study, folder, unit)
             yield
         return
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make,))
     try:
         yield from pool.map(_do, [(name, folder, unit) for unit in work])
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # what is finished is on disk
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # what is finished is on disk
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
 
@@ -131,6 +135,7 @@ _study: list[Study] = []
 
 
 def _start(make: Callable[[], Study]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and ends this one
     torch.set_num_threads(1)
     _study.append(make())
 
