@@ -113,12 +113,12 @@ def _filled(
     jobs: int,
 ) -> Iterator[None]:
     """Does the work; yields after each unit."""
-    EXPERIMENTS[name].fill(study, folder, work[0])  # lays the folder out, before others write to it
     if jobs == 1 or len(work) < 2:
         for unit in work:
             EXPERIMENTS[name].fill(study, folder, unit)
             yield
         return
+    EXPERIMENTS[name].fill(study, folder, work[0])  # lays the folder out, before others write to it
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make,))
     try:
