@@ -12,13 +12,14 @@ PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.t
 STAMPS := $(VENV)/.stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help demo table frontier test families benchmarks lint docs wheel-check clean distclean
+.PHONY: help demo table frontier reproduce test families benchmarks lint docs wheel-check clean distclean
 
 help:
 	@echo "make demo         see a vision-language model forget a concept (sets up $(VENV) first)"
 	@echo "make test         the tests (sets up $(VENV) first)"
 	@echo "make table        the table of results in the README"
 	@echo "make frontier     every score with every edit, at equal retention: about an hour"
+	@echo "make reproduce    the paper's tables and figures, claim by claim: about 45 minutes"
 	@echo "make families     measure every model family, write docs/families.md"
 	@echo "make benchmarks   every benchmark at a size that takes seconds: that they run, not how fast"
 	@echo "make lint         ruff, pyright (strict), import-linter"
@@ -57,6 +58,9 @@ table: $(STAMPS)/run
 
 frontier: $(STAMPS)/run
 	$(VENV)/bin/sauce-hooks frontier
+
+reproduce: $(STAMPS)/dev
+	$(VENV)/bin/sauce-hooks reproduce all
 
 # One thread a process: the test processes share the cores already.
 test: $(STAMPS)/dev

@@ -481,7 +481,7 @@ def test_shared_work_is_done_once(names, n_done, tmp_path_factory):
 
 
 SCRIPT = """
-import sys, warnings
+import os, sys, warnings
 from sauce_hooks.activations import World
 from sauce_hooks.reproduce import preparing
 from sauce_hooks.reproduce.paper import paper, prepare
@@ -499,7 +499,7 @@ prepare(sys.argv[1], sys.argv[2], progress=False)
 study = paper(sys.argv[1], sys.argv[2])()
 known = world.objects((sorted(study.sae.concepts), repr(study.sae.record())))
 assert known[0] == known[1], known
-print("studied", world.rank, len(study.concepts))
+os.write(1, f"studied {world.rank} {len(study.concepts)}\\n".encode())  # whole, though two processes write
 """
 
 

@@ -302,7 +302,9 @@ def test_a_program_ends_with_its_workers(photos, tmp_path, how, code):
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
     try:
         said = process.communicate(timeout=60)[1].decode()
-        assert process.returncode in (code, 128 + abs(code)), said
+        # Python kills itself by SIGINT at the end of an interrupt that nobody caught, or now and then just ends.
+        ended = process.returncode == 1 and "KeyboardInterrupt: step 6 is saved" in said
+        assert process.returncode in (code, 128 + abs(code)) or ended, said
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
     finally:

@@ -115,7 +115,7 @@ def evaluate(
         for concept in concepts:
             interview.about(concept)
             for name, method in every.items():
-                settings = _settings(method)
+                settings = known_by(method)
                 found = store.load(name, concept, settings)
                 if found is None:
                     try:
@@ -213,7 +213,8 @@ def _results(
     return results
 
 
-def _settings(method: Method) -> Any:
+def known_by(method: Method) -> Any:
+    """What a method's `settings` are once they have been written and read; None if it has none."""
     settings = getattr(method, "settings", None)
     plain = asdict(settings) if is_dataclass(settings) and not isinstance(settings, type) else settings
     return json.loads(json.dumps(plain, default=str))  # as it will be when it is read again

@@ -13,6 +13,8 @@ BUNDLED = "bundled"
 """As `pretrained` the bundled model, as `sae` its SAE."""
 SEPARATOR = "+"
 """Between concepts: lmms-eval splits `--model_args` at commas."""
+_OF_ERASER = ("gamma", "preserve_error", "edit", "allow_mismatch", "allow_bypass")
+"""What goes to `ConceptEraser`."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,7 @@ class Settings:
             raise LmmsEvalError(f"erase={SEPARATOR.join(self.erase)} needs an SAE: say sae=FOLDER_OR_HUB_ID in --model_args")
         if not self.erase:
             plain = Settings()
-            names = ("gamma", "preserve_error", "edit", "allow_mismatch", "allow_bypass")
-            idle = [name for name in names if getattr(self, name) != getattr(plain, name)]
+            idle = [name for name in _OF_ERASER if getattr(self, name) != getattr(plain, name)]
             if idle:
                 raise LmmsEvalError(f"{', '.join(idle)} would have no effect: no concept is erased. Add erase=NAME")
         for name in ("batch_size", "max_new_tokens"):
@@ -75,8 +76,7 @@ class Settings:
     @property
     def eraser(self) -> dict[str, Any]:
         """The keyword arguments of `ConceptEraser`."""
-        names = ("gamma", "preserve_error", "edit", "allow_mismatch", "allow_bypass")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _OF_ERASER}
 
 
 def _text(name: str, value: Any) -> str:

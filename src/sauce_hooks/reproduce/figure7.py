@@ -12,6 +12,7 @@ from sauce_hooks.errors import ResumeError
 from sauce_hooks.evaluation import ORIGINAL, Method
 from sauce_hooks.evaluation.attacks import Attacked, Leak, run_attacks
 from sauce_hooks.evaluation.erasing import Erasing
+from sauce_hooks.evaluation.run import known_by
 from sauce_hooks.evaluation.store import Store, settings_of, slug
 from sauce_hooks.reproduce.finding import Claim, Finding, bars, new_figure, percent, points
 from sauce_hooks.reproduce.study import OURS, Study
@@ -73,12 +74,7 @@ def _settled(study: Study, folder: Path) -> None:
     shown = study.probes(0, 0)
     judge = study.judge.name if study.judge else "mentions"
     settings = {**settings_of(study.model, shown, judge), "size": size}
-    Store(folder, {**settings, "methods": {name: _known(method) for name, method in _all(study).items()}})
-
-
-def _known(method: Method) -> Any:
-    settings = getattr(method, "settings", None)
-    return json.loads(json.dumps(settings, default=str))
+    Store(folder, {**settings, "methods": {name: known_by(method) for name, method in _all(study).items()}})
 
 
 def _all(study: Study) -> dict[str, Method]:

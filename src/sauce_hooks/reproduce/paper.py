@@ -119,7 +119,10 @@ def paper_study(config: str, out: str) -> Study:
         tasks=tasks,
         probes=lambda n, retained: pool.probes(asked, n, retained),
         methods=methods,
-        relatives=[Relative(kin.name, kin.expected, partial(load_model, kin.model)) for kin in protocol.relatives],
+        relatives=[
+            Relative(kin.name, kin.expected, partial(load_model, kin.model), partial(words, protocol))
+            for kin in protocol.relatives
+        ],
         attacks=(lambda: attacks(protocol, processor)) if protocol.attacks.names else None,
         training=lambda concepts: pool.training(asked, concepts),
         attack_probes=attack_probes,

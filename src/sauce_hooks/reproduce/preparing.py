@@ -27,11 +27,11 @@ from sauce_hooks.errors import ConfigError, ContrastError, ImagesError, ModelBel
 from sauce_hooks.evaluation import Probe, Wording, tune_concept, wording
 from sauce_hooks.evaluation.baselines import ForgetRetain, Retrained, forget_retain, own_descriptions, sweep
 from sauce_hooks.evaluation.labelled import Opening, Split
-from sauce_hooks.evaluation.store import fingerprint_of
+from sauce_hooks.evaluation.store import fingerprint_of, slug
 from sauce_hooks.hookpoint import evaluating, find_hook_point
 from sauce_hooks.reproduce.collected import Collection, Pool, collect, load_data
 from sauce_hooks.reproduce.config import Model, Protocol, read
-from sauce_hooks.reproduce.sharing import once, share, slug
+from sauce_hooks.reproduce.sharing import once, share
 from sauce_hooks.sae import VisionSAE, train_sae
 from sauce_hooks.sae.checkpoint import changes
 

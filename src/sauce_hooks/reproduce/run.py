@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,9 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sauce_hooks.evaluation.store import slug
 from sauce_hooks.reproduce import figure6, figure7, table2, table4
 from sauce_hooks.reproduce.finding import Finding
 from sauce_hooks.reproduce.page import write_findings
+from sauce_hooks.reproduce.sharing import once, share
 from sauce_hooks.reproduce.study import Study
 
 
@@ -55,7 +59,7 @@ def reproduce(
     """Run experiments, or go on where an earlier run was cut off, and write what they found.
 
     In `out`: a CSV, a Markdown file and a picture of each, `index.html` with all, and a folder each of what is finished.
-    Under `accelerate launch` (or torchrun) every process takes its share of the units; the first one writes.
+    Under `accelerate launch` (or torchrun) every process takes the next unit that none is at; the first one writes.
 
     Args:
         make: makes the study, anew in every process; picklable.
@@ -81,15 +85,13 @@ def reproduce(
     for name in names:
         experiment, folder = EXPERIMENTS[name], out / name
         todo = experiment.units(study)
-        if rank == 0:
-            experiment.fill(study, folder, todo[0])  # lays the folder out, before others write to it
-        _meet(world)
-        work = todo[rank::world]
         with _progress(console, quiet=rank > 0) as bar:
-            task = bar.add_task(name, total=len(work))
-            for _ in _filled(make, study, name, folder, work, jobs if world == 1 else 1):
-                bar.advance(task)
-        _meet(world)
+            task = bar.add_task(name, total=len(todo))
+            if world > 1:
+                _share(study, experiment, folder, todo, out / "done" / name, partial(bar.advance, task))
+            else:
+                for _ in _filled(make, study, name, folder, todo, jobs):
+                    bar.advance(task)
         if rank == 0:
             finding = experiment.read(study, folder)
             finding.write(out)
@@ -116,11 +118,15 @@ def _filled(
             EXPERIMENTS[name].fill(study, folder, unit)
             yield
         return
+    EXPERIMENTS[name].fill(study, folder, work[0])  # lays the folder out, before others write to it
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make,))
     try:
         yield from pool.map(_do, [(name, folder, unit) for unit in work])
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # what is finished is on disk
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()  # what is finished is on disk
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
 
@@ -129,6 +135,7 @@ _study: list[Study] = []
 
 
 def _start(make: Callable[[], Study]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and ends this one
     torch.set_num_threads(1)
     _study.append(make())
 
@@ -138,12 +145,31 @@ def _do(what: tuple[str, Path, tuple[str, ...]]) -> None:
     EXPERIMENTS[name].fill(_study[0], folder, unit)
 
 
-def _meet(world: int) -> None:
-    """Wait for the other processes."""
-    if world > 1:
-        from accelerate import PartialState
+def _share(
+    study: Study,
+    experiment: Experiment,
+    folder: Path,
+    todo: Sequence[tuple[str, ...]],
+    done: Path,
+    advance: Callable[[], None],
+) -> None:
+    """One of several processes: does whatever nobody else is at, and comes back when all is done.
 
-        PartialState().wait_for_everyone()
+    They meet on disk and not at a barrier: a process group gives up on one that is hours behind.
+    """
+    by_name = {" ".join(unit): unit for unit in todo}
+
+    def path_of(name: str) -> Path:
+        return done / slug(name)
+
+    def work(name: str) -> None:
+        experiment.fill(study, folder, by_name[name])
+        path_of(name).touch()
+        advance()
+
+    first = next(iter(by_name))
+    once(path_of(first), lambda path: work(first))  # lays the folder out, before others write to it
+    share(list(by_name), path_of, work)
 
 
 @contextmanager

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Sequence
-from hashlib import sha256
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -48,8 +46,3 @@ def share(names: Sequence[str], path_of: Callable[[str], Path], work: Callable[[
                 continue
         if idle:
             time.sleep(_PAUSE_S)
-
-
-def slug(name: str) -> str:
-    """A file name that is safe anywhere, and never the same for two names."""
-    return f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')[:40]}-{sha256(name.encode()).hexdigest()[:8]}"

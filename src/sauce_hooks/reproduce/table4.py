@@ -142,12 +142,13 @@ def _claims(study: Study, found: dict[str, Results]) -> list[Claim]:
                 )
             )
             continue
+        refused = refusal(study, relative)
         claims.append(
             Claim(
                 f"{relative.name}: another resolution is refused unless asked for",
                 "Table 4",
-                refusal(study, relative) or "it was not refused",
-                refusal(study, relative) is not None,
+                refused or "it was not refused",
+                refused is not None,
                 "goal",
             )
         )

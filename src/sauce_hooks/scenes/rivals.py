@@ -50,7 +50,7 @@ LRS: Mapping[Kind, tuple[float, ...]] = MappingProxyType(
 CHOSEN: Mapping[Kind, Mapping[str, float]] = MappingProxyType(
     {
         "lora": MappingProxyType({"GA": 5.6e-3, "GD": 1e-2, "KL": 1e-2, "PO": 1e-2, "NPO": 5.6e-3}),
-        "full": MappingProxyType({}),
+        "full": MappingProxyType({"GA": 1e-3, "GD": 1e-3, "KL": 1e-3, "PO": 3e-3, "NPO": 1e-3}),
     }
 )
 """What a sweep over `SWEPT` chose, by method. Where there is nothing, `run` sweeps first."""
