@@ -169,6 +169,21 @@ def check_torchrun(words: Sequence[str]) -> None:
     check_module(words[words.index("-m") + 1 :])
 
 
+def check_accelerate(words: Sequence[str]) -> None:
+    """What it launches."""
+    assert words[0] == "launch", words
+    check_torchrun(words)
+
+
+def check_lmms_eval(words: Sequence[str]) -> None:
+    """That our model takes these arguments; the others are lmms-eval's own."""
+    from sauce_hooks.lmms.settings import Settings
+
+    given = dict(zip(words, words[1:], strict=False))
+    assert given["--model"] == "sauce", words
+    Settings.read(dict(argument.split("=", 1) for argument in given["--model_args"].split(",")))
+
+
 def run_module(words: Sequence[str]) -> None:
     """`python -m MODULE`, in this process."""
     import runpy
@@ -190,6 +205,8 @@ CHECKS: Mapping[str, Callable[[Sequence[str]], None]] = {
     "pip": check_pip,
     "python": check_python,
     "torchrun": check_torchrun,
+    "accelerate": check_accelerate,
+    "lmms-eval": check_lmms_eval,
 }
 RUNS: Mapping[str, Callable[[Sequence[str]], None]] = {"sauce-hooks": run_sauce_hooks, "python": run_module}
 

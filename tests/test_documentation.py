@@ -16,7 +16,12 @@ pytestmark = pytest.mark.xdist_group("documentation")  # one loaded model for al
 NOT_RUN = {
     "README.md": 1,
     "docs/attacks.md": 1,
-    "docs/baselines.md": 1,
+    "docs/how-to/imagenet.md": 1,
+    "docs/how-to/own-photos.md": 2,
+    "docs/index.md": 2,
+    "docs/lmms-eval.md": 2,
+    "docs/paper-scale.md": 1,
+    "docs/reproduction.md": 1,
     "docs/training.md": 1,
     "docs/words.md": 1,
 }
@@ -127,14 +132,14 @@ REFERENCE = re.compile(r"tests/(\w+\.py)(?:::(\w+))?")
 
 
 @cache
-def tests_in(file: str) -> dict[str, ast.FunctionDef]:
+def functions_in(file: str) -> dict[str, ast.FunctionDef]:
     found = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     return {node.name: node for node in ast.walk(found) if isinstance(node, ast.FunctionDef)}
 
 
 def is_property(file: str, name: str) -> bool:
     """Whether hypothesis makes up its examples."""
-    called = [d.func for d in tests_in(file)[name].decorator_list if isinstance(d, ast.Call)]
+    called = [d.func for d in functions_in(file)[name].decorator_list if isinstance(d, ast.Call)]
     return any(isinstance(f, ast.Name) and f.id == "given" for f in called)
 
 
@@ -162,7 +167,7 @@ def test_every_law_names_a_property_that_holds_it():
         named = [(file, name) for file, name in REFERENCE.findall(said) if name]
         assert named, f"{page}: the law {law!r} names no property"
         for file, name in named:
-            assert name in tests_in(file), f"{page}: there is no {name} in tests/{file}"
+            assert name in functions_in(file), f"{page}: there is no {name} in tests/{file}"
             assert is_property(file, name), f"{page}: {name} in tests/{file} is no property of hypothesis"
 
 
@@ -170,4 +175,4 @@ def test_every_test_that_the_documentation_names_exists():
     for page in PAGES:
         for file, name in REFERENCE.findall((ROOT / page).read_text(encoding="utf-8")):
             assert (ROOT / "tests" / file).is_file(), f"{page}: tests/{file}"
-            assert not name or name in tests_in(file), f"{page}: {name} in tests/{file}"
+            assert not name or name in functions_in(file), f"{page}: {name} in tests/{file}"

@@ -46,6 +46,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "figure7": Experiment("attacks", figure7.units, figure7.fill, figure7.read),
     }
 )
+"""The paper's tables and figures that are made again, by the name that `sauce-hooks reproduce` takes."""
 
 
 def reproduce(
