@@ -109,6 +109,10 @@ def _made(make: Callable[[Any], Any], fields: dict[str, Any], processor: Any) ->
     return replace(make(processor), **fields)
 
 
+def _few_settings(tuning: Any) -> Callable[..., Any]:
+    return lambda *args, **more: tuning(*args, **{"ks": (2,), "gammas": (0.0, -1.0), **more})
+
+
 def be_brief(monkeypatch: Any) -> None:
     """Few scenes for the command line to look at, small batches to train on: what is done with each stays what it is."""
     from sauce_hooks import cli
@@ -123,6 +127,8 @@ def be_brief(monkeypatch: Any) -> None:
         module = importlib.import_module(f"sauce_hooks.evaluation.{name}")
         fit = module.fit
         monkeypatch.setattr(module, "fit", lambda *args, steps, fit=fit, **more: fit(*args, steps=min(steps, 3), **more))
+    measure = importlib.import_module("sauce_hooks.evaluation.measure")
+    monkeypatch.setattr(measure, "Tuning", _few_settings(measure.Tuning))
     attacks = importlib.import_module("sauce_hooks.evaluation.attacks.run")
     weaker: dict[str, dict[str, Any]] = {"adversarial images": {"steps": 2}, "relearning": {"lrs": (1e-3,)}}
     every = {name: partial(_made, make, weaker.get(name, {})) for name, make in attacks.ATTACKS.items()}
