@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 
 import stage
+import walk
 from documents import LANGUAGES, PAGES, ROOT, blocks, check_sauce_hooks, commands, docstring_files, language, parse
 
 pytestmark = pytest.mark.xdist_group("documentation")  # one loaded model for all pages, where xdist groups tests
@@ -29,7 +30,9 @@ NOT_RUN = {
 """How many blocks of a page are only checked. One more is a decision, and stands here."""
 LONG = {"README.md", "docs/attacks.md", "docs/baselines.md", "docs/lasting.md", "docs/concepts.md", "docs/training.md"}
 """Pages that take more than a few seconds."""
-WITH_BLOCKS = [page for page in (*PAGES, *docstring_files()) if blocks(page)]
+WALKED = "docs/walk.md"
+"""Done by `make walk`, in an environment as a newcomer has it."""
+WITH_BLOCKS = [page for page in (*PAGES, *docstring_files()) if page != WALKED and blocks(page)]
 
 
 # Blocks. --------------------------------------------------------------------------------------------------------------
@@ -100,6 +103,22 @@ def test_what_is_right_on_a_page_passes(tmp_path):
     (tmp_path / "page.md").write_text(page)
     for example in parse(str(tmp_path / "page.md")):
         example.evaluate()
+
+
+def test_the_walk_stops_where_something_else_is_shown_than_its_page_says(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("```sh\necho one\n```\n\n```text\n...ne\n```\n\n```sh\ntrue\n```\n")
+    walk.walk(page)
+    assert capsys.readouterr().out.count("as it should") == 2
+    for wrong in ("echo two", "echo one; false"):
+        page.write_text(f"```sh\n{wrong}\n```\n\n```text\none\n```\n")
+        with pytest.raises(SystemExit, match="step 1 does not do what it says"):
+            walk.walk(page)
+    page.write_text("```python\nx = 1\n```\n\n```python\nprint(x)\n```\n\n```text\n1\n```\n")
+    walk.run_program(page, None)
+    page.write_text("```python\nprint(2)\n```\n\n```text\n1\n```\n")
+    with pytest.raises(SystemExit, match="program 1 prints"):
+        walk.run_program(page, None)
 
 
 def test_no_code_hides_in_indentation():

@@ -34,7 +34,7 @@ def untouched(model: nn.Module) -> Generator[None]:
     """Evaluation mode for the length of a `with`; afterwards the model is as if it had not run.
 
     Attributes that were added or changed go back to what they were, and the hooks that transformers installs for itself at
-    a first forward, and nnsight 0.7 for good, come out again. Hooks of anybody else stay, and so do the methods that erasers wrap: another
+    a first forward come out again. Hooks of anybody else stay, and so do the methods that erasers wrap: another
     thread may be putting an eraser in meanwhile.
     """
     attributes = [(module, dict(module.__dict__)) for module in model.modules()]
@@ -53,7 +53,7 @@ def untouched(model: nn.Module) -> Generator[None]:
                     now[key] = value
         for table, former in hooks:
             for key in [key for key in list(table) if key not in former]:
-                if getattr(table[key], "__module__", "").startswith(("transformers.", "nnsight.")):
+                if getattr(table[key], "__module__", "").startswith("transformers."):
                     del table[key]
 
 
