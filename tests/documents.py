@@ -25,6 +25,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def check_lmms_eval(words: Sequence[str]) -> None:
     """That our model takes these arguments; the others are lmms-eval's own."""
     from sauce_hooks.lmms.settings import Settings
 
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     assert given["--model"] == "sauce", words
     Settings.read(dict(argument.split("=", 1) for argument in given["--model_args"].split(",")))
 

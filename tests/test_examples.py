@@ -27,7 +27,7 @@ PRINTED = {
 LONG = {"own_model.py", "contrast_from_folders.py", "baselines.py"}
 """Those that train or tune."""
 APART = {"serving.py"}
-"""In a process of its own: nnsight, once imported, gives every object a `save`, which breaks the lazy imports of a server."""
+"""In a process of its own: nnsight, once imported, gives every object a `save`, which breaks a server's lazy imports."""
 NEEDS = {"serving.py": ("fastapi", "httpx2"), "baselines.py": ("peft",)}
 
 

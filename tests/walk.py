@@ -1,4 +1,4 @@
-"""A newcomer's walk, by the front page alone: `python tests/walk.py docs/walk.md` does every step and looks at what it shows.
+"""A newcomer's walk, by the front page alone: `make walk` does every step of docs/walk.md and looks at what it shows.
 
 Only Python's own library: on a fresh machine nothing else is there before the first step. A step is a block of `sh`, run
 in the root of the repository with the environment's programs in reach; the block of `text` behind it is what it must

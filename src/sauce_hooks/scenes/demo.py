@@ -387,7 +387,8 @@ _STYLES = {
 
 
 def _print(page: DemoPage, path: Path, console: Console) -> None:
-    console.print(f"\nBefore, and while {' and '.join(page.erased)} are erased. The question: [italic]{escape(page.describe)}[/]\n")
+    erased = " and ".join(page.erased)
+    console.print(f"\nBefore, and while {erased} are erased. The question: [italic]{escape(page.describe)}[/]\n")
     for card in page.cards:
         before, after = Text("  before  ", "dim"), Text("  erased  ", "dim")
         for piece in compare_words(card.before, card.after, page.erased, card.concepts):
