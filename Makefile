@@ -109,8 +109,8 @@ wheel-check: $(STAMPS)/dev
 	cd "$$tmp/elsewhere"; \
 	"$$tmp/env/bin/python" -I -c "$$WHEEL_CHECK"; \
 	"$$tmp/env/bin/sauce-hooks" --help >/dev/null; \
-	if "$$tmp/env/bin/python" "$$tmp/source/examples/baselines.py" >said 2>&1; then echo "peft is not missed"; exit 1; fi; \
-	grep -F "pip install 'sauce-hooks[baselines]'" said; \
+	"$$tmp/env/bin/python" "$$tmp/source/examples/baselines.py" >said 2>&1; \
+	grep -oF "pip install 'sauce-hooks[baselines]'" said; \
 	cd "$(CURDIR)"; $$pip pytest pytest-xdist hypothesis beartype; \
 	cd "$$tmp/source"; \
 	OMP_NUM_THREADS=1 "$$tmp/env/bin/python" -m pytest -q -n $(WORKERS) -m "not slow" -k "not pixtral" $(WHEEL_TESTS:%=tests/test_%.py); \
