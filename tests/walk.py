@@ -51,7 +51,10 @@ def differs(wanted: str | None, shown: str) -> bool:
 def walk(page: Path) -> None:
     """Every step, until one shows something else; what it took."""
     programs = Path(os.environ.get("VENV", ROOT / ".venv")).absolute() / "bin"
-    environment = {**os.environ, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith("MAKE")
+    }  # a newcomer's make is no part of ours
+    environment = {**own, "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "120"}
     began = time.monotonic()
     for number, step in enumerate(blocks(page.read_text(encoding="utf-8"), "sh"), 1):
         start = time.monotonic()
