@@ -20,7 +20,7 @@ help:
 	@echo "make walk         what a newcomer does, step by step: docs/walk.md"
 	@echo "make table        the table of results in the README"
 	@echo "make frontier     every score with every edit, at equal retention: about an hour"
-	@echo "make reproduce    the paper's tables and figures, claim by claim: about 45 minutes"
+	@echo "make reproduce    the paper's tables and figures, claim by claim: about half an hour"
 	@echo "make families     measure every model family, write docs/families.md"
 	@echo "make benchmarks   every benchmark at a size that takes seconds: that they run, not how fast"
 	@echo "make lint         ruff, pyright (strict), import-linter"

@@ -1,5 +1,9 @@
 """`python -m sauce_hooks`, which is what `torchrun -m` and `accelerate launch -m` start."""
 
-from sauce_hooks.cli import main
+import sys
 
+try:
+    from sauce_hooks.cli import main
+except KeyboardInterrupt:
+    sys.exit(130)
 main()
