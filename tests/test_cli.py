@@ -97,7 +97,7 @@ def test_a_place_that_does_not_exist_is_an_error_message_and_no_traceback():
 def test_ask_answers_before_and_after(photo):
     result = runner.invoke(app, ["ask", "bundled", str(photo), "describe this picture.", "--erase", "tiger"])
     assert result.exit_code == 0
-    before, after = (line.split(":", 1)[1] for line in result.stdout.splitlines() if line.startswith(("before", "after")))
+    before, after = (line.split(":", 1)[1] for line in result.stdout.splitlines() if line.startswith(("before", "erased")))
     assert "tiger" in before
     assert "tiger" not in after
 
@@ -275,7 +275,7 @@ def test_with_json_stdout_is_one_document_whatever_else_is_printed(photo, photos
     assert read["features bundled --out"]["page"] == read["concept show"]["page"] == page
     assert 0 < read["features bundled --out"]["explained_variance"] <= 1
     assert read["concept show"]["features"] == list(VisionSAE.load(photos / "sae").concepts["tiger"].features)
-    assert "tiger" in read["ask bundled"]["before"] and "tiger" not in read["ask bundled"]["after"]
+    assert "tiger" in read["ask bundled"]["before"] and "tiger" not in read["ask bundled"]["erased"]
     assert read["frontier --out"]["cells"] == [{"concept": "red", "gamma": None}], "JSON has no NaN"
     assert "as people read it" in result.stderr
 

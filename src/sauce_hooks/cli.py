@@ -184,7 +184,7 @@ def ask(
         answers = {"before": answer()}
         if eraser is not None:
             with eraser:
-                answers["after"] = answer()
+                answers["erased"] = answer()
     _say(as_json, answers, "\n".join(f"{when + ':':<7} {said}" for when, said in answers.items()))
 
 
