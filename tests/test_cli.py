@@ -5,7 +5,7 @@ import re
 import shlex
 import shutil
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
 import typer
@@ -15,6 +15,8 @@ import sauce_hooks
 from documents import check_sauce_hooks
 from sauce_hooks import HookPoint, cli, find_hook_point, scenes
 from sauce_hooks.cli import app
+from sauce_hooks.concepts.tuning import Tuning
+from sauce_hooks.evaluation import measure
 from sauce_hooks.reproduce import EXPERIMENTS
 from sauce_hooks.sae import PRESETS, VisionSAE
 from sauce_hooks.sae.progress import progress_bar
@@ -108,15 +110,6 @@ def test_an_unknown_concept_is_answered_with_the_nearest(photo):
     assert "Did you mean 'tiger'" in result.output
 
 
-def test_the_first_program_of_the_readme_runs_as_printed(capsys):
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    blocks = [block.split("```", 1)[0] for block in readme.split("```python\n")[1:]]
-    program = next(block for block in blocks if "scenes.load()" in block)
-    assert 'with ConceptEraser(model, sae, ["red", "tiger"]):' in program
-    exec(compile(program, "README.md", "exec"), {})
-    assert "tiger" not in capsys.readouterr().out
-
-
 def test_the_help_of_train_sae_names_every_preset():
     help_text = runner.invoke(app, ["train-sae", "--help"], terminal_width=200).output
     assert [name for name in PRESETS if name not in help_text] == []
@@ -149,7 +142,8 @@ def test_learn_remembers_a_concept_in_the_saes_folder(photos):
 
 
 @pytest.mark.slow
-def test_learn_tunes_against_siblings(photos):
+def test_learn_tunes_against_siblings(photos, monkeypatch):
+    monkeypatch.setattr(measure, "Tuning", partial(Tuning, ks=(2, 8), gammas=(0.0, -1.0)))  # all: minutes
     folders = [str(photos / name) for name in ("sae", "tiger", "other")]
     tuned = ["learn", "bundled", folders[0], "tiger", *folders[1:], "--tune", "--sibling", f"cat={photos / 'cat'}"]
     result = runner.invoke(app, tuned)

@@ -10,7 +10,7 @@ import pytest
 
 import stage
 import walk
-from documents import LANGUAGES, PAGES, ROOT, blocks, check_sauce_hooks, commands, docstring_files, language, parse
+from documents import LANGUAGES, PAGES, ROOT, blocks, docstring_files, language, parse
 
 pytestmark = pytest.mark.xdist_group("documentation")  # one loaded model for all pages, where xdist groups tests
 
@@ -127,23 +127,6 @@ def test_no_code_hides_in_indentation():
     for page in PAGES:
         tokens = MarkdownIt().enable("table").parse((ROOT / page).read_text(encoding="utf-8"))
         assert [token.content for token in tokens if token.type == "code_block"] == [], page
-
-
-def test_every_verb_has_an_example_that_it_understands():
-    import typer
-
-    from sauce_hooks.cli import app
-
-    def verbs(group, path):
-        for name, verb in group.commands.items():
-            yield from verbs(verb, [*path, name]) if hasattr(verb, "commands") else [([*path, name], verb)]
-
-    for path, verb in verbs(typer.main.get_command(app), []):
-        examples = [commands(text)[0] for text in re.findall(r"`(sauce-hooks [^`]+)`", verb.help or "")]
-        own = [words for words in examples if words[1 : 1 + len(path)] == path]
-        assert own, f"the help of `sauce-hooks {' '.join(path)}` shows no example of it"
-        for words in own:
-            check_sauce_hooks(words[1:])
 
 
 # Laws. ----------------------------------------------------------------------------------------------------------------
