@@ -1,7 +1,7 @@
 # %% [markdown]
 # # In an nnsight trace
-# The same edit for those who work with nnsight: in one trace, or in `edit()` for all later ones. What it writes can be
-# looked at in the same trace.
+# The same edit for those who work with nnsight, in one trace (within `edit(inplace=True)` it is in all later ones). What it
+# writes can be looked at in the same trace.
 
 # %%
 import torch
