@@ -10,6 +10,7 @@ import json
 import queue
 import threading
 from collections.abc import Iterable
+from itertools import islice
 
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -30,7 +31,14 @@ class Row(BaseModel):
 
 class Words(queue.Queue):  # transformers' own streamer takes one row only
     def end(self) -> None:
-        self.put(None)
+        pass
+
+
+def generate(inputs: dict, words: Words) -> None:
+    try:
+        model.generate(**inputs, streamer=words, do_sample=False)
+    finally:
+        words.put(None)  # also after an error: nobody waits for ever
 
 
 @app.post("/describe")
@@ -39,20 +47,22 @@ def describe(rows: list[Row]) -> Iterable[list[str]]:
     inputs = processor(images=images, text=[sh.scenes.describe_prompt()] * len(rows), return_tensors="pt", padding=True)
     words = Words()
     with one_at_a_time, sh.ConceptEraser(model, sae, []).for_rows([row.forget for row in rows]):
-        thread = threading.Thread(target=model.generate, kwargs={**inputs, "streamer": words, "do_sample": False})
+        thread = threading.Thread(target=generate, args=(inputs, words))
         thread.start()  # an eraser of scope "model", the default, reaches it
-        words.get()  # the prompt
-        for ids in iter(words.get, None):
-            yield [processor.decode([i], skip_special_tokens=True) for i in ids]
-        thread.join()
+        try:
+            for ids in islice(iter(words.get, None), 1, None):  # the first is the prompt
+                yield [processor.decode([i], skip_special_tokens=True) for i in ids]
+        finally:
+            thread.join()  # the eraser stays on until the last word, whoever has gone
 
 
 # %%
-scene = next(s for s in sh.scenes.sample(300, seed=2, contains="tiger") if "red" in s.concepts)
-scene.image.save(file := io.BytesIO(), "png")
-image = base64.b64encode(file.getvalue()).decode()
-users = ([], ["red"], ["tiger"])
-with TestClient(app).stream("POST", "/describe", json=[{"image": image, "forget": user} for user in users]) as reply:
-    columns = list(zip(*map(json.loads, filter(None, reply.iter_lines())), strict=True))
-for user, words in zip(users, columns, strict=True):
-    print(f"forget {', '.join(user) or 'nothing'}:", " ".join(filter(None, words)))
+if __name__ == "__main__":
+    scene = next(s for s in sh.scenes.sample(300, seed=2, contains="tiger") if "red" in s.concepts)
+    scene.image.save(file := io.BytesIO(), "png")
+    image = base64.b64encode(file.getvalue()).decode()
+    users = ([], ["red"], ["tiger"])
+    with TestClient(app).stream("POST", "/describe", json=[{"image": image, "forget": user} for user in users]) as reply:
+        columns = list(zip(*map(json.loads, filter(None, reply.iter_lines())), strict=True))
+    for user, words in zip(users, columns, strict=True):
+        print(f"forget {', '.join(user) or 'nothing'}:", " ".join(filter(None, words)))

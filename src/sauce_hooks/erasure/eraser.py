@@ -193,7 +193,7 @@ class ConceptEraser:
         return cast(Callable[P, R], functools.wraps(function)(decorated(self, function)))
 
     def intervene(self, traced: Any) -> None:
-        """The same edit inside an nnsight trace, or in `edit()` for all later traces; hooks and accounts play no part.
+        """The same edit inside an nnsight trace, or in `nm.edit(inplace=True)` for all later ones; hooks play no part.
 
         ```python
         with nm.trace(**inputs):

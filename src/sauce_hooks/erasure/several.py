@@ -116,7 +116,7 @@ class Erasers:
         return cast(Callable[P, R], functools.wraps(function)(decorated(self, function)))
 
     def intervene(self, traced: Any) -> None:
-        """The same edits inside an nnsight trace, or in `edit()`; in the order in which the model runs the blocks."""
+        """The same edits inside an nnsight trace, or in `nm.edit(inplace=True)`; in the order of the blocks."""
         order = {path: i for i, (path, _) in enumerate(unwrap(self.model).named_modules())}
         for eraser in sorted(self.erasers, key=lambda eraser: order[eraser.hook_point.path]):
             eraser.intervene(traced)
