@@ -8,18 +8,19 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$p" && break; done)
 
 PY := $(VENV)/bin/python
-PIP_INSTALL := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 STAMPS := $(VENV)/.stamps
 
 .DELETE_ON_ERROR:
-.PHONY: help demo table frontier reproduce test families benchmarks lint docs wheel-check clean distclean
+.PHONY: help demo walk table frontier reproduce test families benchmarks lint docs wheel-check clean distclean
 
 help:
 	@echo "make demo         see a vision-language model forget a concept (sets up $(VENV) first)"
 	@echo "make test         the tests (sets up $(VENV) first)"
+	@echo "make walk         what a newcomer does, step by step: docs/walk.md"
 	@echo "make table        the table of results in the README"
 	@echo "make frontier     every score with every edit, at equal retention: about an hour"
-	@echo "make reproduce    the paper's tables and figures, claim by claim: about 45 minutes"
+	@echo "make reproduce    the paper's tables and figures, claim by claim: about half an hour"
 	@echo "make families     measure every model family, write docs/families.md"
 	@echo "make benchmarks   every benchmark at a size that takes seconds: that they run, not how fast"
 	@echo "make lint         ruff, pyright (strict), import-linter"
@@ -34,6 +35,7 @@ $(STAMPS)/torch: constraints.txt
 	$(if $(strip $(PYTHON)),,$(error no Python of 3.11 or later found; name one: make PYTHON=/path/to/python3))
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sauce_hooks needs Python 3.11 or later, not " + sys.version.split()[0])'
+	@echo "setting up $(VENV), once: this takes some minutes"
 	$(PIP_INSTALL) torch
 	@mkdir -p $(STAMPS) && touch $@
 
@@ -53,6 +55,10 @@ $(STAMPS)/docs: $(STAMPS)/torch pyproject.toml constraints.txt
 demo: $(STAMPS)/run
 	$(VENV)/bin/sauce-hooks demo
 
+# Without an environment at first: setting it up is a part of the walk.
+walk:
+	VENV=$(VENV) $(PYTHON) tests/walk.py
+
 table: $(STAMPS)/run
 	$(VENV)/bin/sauce-hooks table
 
@@ -64,7 +70,7 @@ reproduce: $(STAMPS)/dev
 
 # One thread a process: the test processes share the cores already.
 test: $(STAMPS)/dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # The support table; a test compares it with what it measures.
 families: $(STAMPS)/dev
@@ -83,17 +89,31 @@ lint: $(STAMPS)/dev
 docs: $(STAMPS)/docs
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-# The package as a stranger gets it: sdist, the wheel built from that, a clean environment, another directory.
+# The package as a stranger gets it: sdist and wheel, the same files when built again elsewhere and later; a clean
+# environment with the lowest supported versions and no extra; another directory; the tests that the sdist brings.
+WHEEL_TESTS := eraser rows activations sae laws bank
+
 wheel-check: $(STAMPS)/dev
 	@set -e; \
-	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; mkdir "$$tmp/elsewhere"; \
-	$(PY) -m build --outdir "$$tmp/dist"; \
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; mkdir "$$tmp/elsewhere" "$$tmp/source"; \
+	$(PY) -m build --outdir "$$tmp/dist" >/dev/null; \
+	tar -xzf "$$tmp"/dist/*.tar.gz -C "$$tmp/source" --strip-components 1; \
+	find "$$tmp/source" -exec touch -d 2001-01-01 {} +; \
+	$(PY) -m build --outdir "$$tmp/again" "$$tmp/source" >/dev/null; \
+	for file in "$$tmp"/dist/*; do cmp "$$file" "$$tmp/again/$$(basename "$$file")"; done; \
+	echo "wheel-check: builds are reproducible"; \
 	$(PY) -m venv "$$tmp/env"; \
-	"$$tmp/env/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt torch; \
-	"$$tmp/env/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt "$$tmp"/dist/*.whl; \
+	pip="$$tmp/env/bin/python -m pip install -q --disable-pip-version-check -c constraints-lowest.txt"; \
+	$$pip torch; \
+	$$pip "$$tmp"/dist/*.whl; \
 	cd "$$tmp/elsewhere"; \
 	"$$tmp/env/bin/python" -I -c "$$WHEEL_CHECK"; \
 	"$$tmp/env/bin/sauce-hooks" --help >/dev/null; \
+	"$$tmp/env/bin/python" "$$tmp/source/examples/baselines.py" >said 2>&1; \
+	grep -oF "pip install 'sauce-hooks[baselines]'" said; \
+	cd "$(CURDIR)"; $$pip pytest pytest-xdist hypothesis beartype; \
+	cd "$$tmp/source"; \
+	OMP_NUM_THREADS=1 "$$tmp/env/bin/python" -m pytest -q -n $(WORKERS) -m "not slow" -k "not pixtral" $(WHEEL_TESTS:%=tests/test_%.py); \
 	echo "wheel-check: ok"
 
 define WHEEL_CHECK

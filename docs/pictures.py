@@ -1,4 +1,4 @@
-"""The pictures of the front page and what stands beside them: `python docs/pictures.py` draws and writes both anew.
+"""The pictures of the front pages and what stands beside them: `python docs/pictures.py` draws and writes both anew.
 
 What the model says is asked of it in this very run; `tests/test_site.py` asks again.
 """
@@ -16,6 +16,8 @@ import sauce_hooks as sh
 from sauce_hooks.scenes.world import Scene, stream
 
 DOCS = Path(__file__).parent
+PAGES = {DOCS / "index.md": "assets", DOCS.parent / "README.md": "docs/assets"}
+"""The pages that show them, and where the pictures lie as seen from there."""
 BEGIN, END = "<!-- made by docs/pictures.py -->\n\n", "\n<!-- until here -->\n"
 ERASED = ("red", "tiger")
 SHOWN = (("red", "tiger"), ("tiger",), ("red",), ())
@@ -61,15 +63,15 @@ def picture(scene: Scene) -> Image.Image:
     return scene.image.quantize(COLOURS, dither=Image.Dither.NONE)
 
 
-def table(shown: list[Shown]) -> str:
-    """The table of the front page, in Markdown; what is to be forgotten is bold."""
+def table(shown: list[Shown], assets: str) -> str:
+    """The table of a front page, in Markdown; what is to be forgotten is bold."""
     names = ", ".join(f'"{name}"' for name in ERASED)
     rows = [f"| image | before | with `ConceptEraser(model, sae, [{names}])` |", "|---|---|---|"]
     for i, one in enumerate(shown):
         before, after = one.before, one.after
         for name in ERASED:
             before, after = (text.replace(name, f"**{name}**") for text in (before, after))
-        rows.append(f"| ![{one.scene.caption}](assets/scene-{i}.png) | {before} | {after} |")
+        rows.append(f"| ![{one.scene.caption}]({assets}/scene-{i}.png) | {before} | {after} |")
     return "\n".join(rows) + "\n"
 
 
@@ -83,8 +85,9 @@ def main() -> None:
     shown = ask(*sh.scenes.load())
     for i, one in enumerate(shown):
         picture(one.scene).save(DOCS / "assets" / f"scene-{i}.png", optimize=True)
-    page = (DOCS / "index.md").read_text(encoding="utf-8")
-    (DOCS / "index.md").write_text(page.replace(written(page), table(shown)), encoding="utf-8")
+    for path, assets in PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        path.write_text(page.replace(written(page), table(shown, assets)), encoding="utf-8")
 
 
 if __name__ == "__main__":

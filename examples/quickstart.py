@@ -1,5 +1,8 @@
-"""The bundled model describes an image before, while and after it forgets "red" and "tiger". Needs no network."""
+# %% [markdown]
+# # Quickstart
+# The bundled model describes an image before, while and after it forgets "red" and "tiger". Needs no network.
 
+# %%
 import sauce_hooks as sh
 
 model, processor, sae = sh.scenes.load()
@@ -12,6 +15,7 @@ def describe() -> str:
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+# %%
 print("truth: ", scene.caption)
 print("before:", describe())
 with sh.ConceptEraser(model, sae, ["red", "tiger"]):

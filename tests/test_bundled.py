@@ -1,9 +1,5 @@
 """The model, SAE and concept bank that ship: they load, know their world, and forget what they are told to."""
 
-import contextlib
-import io
-import re
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -17,7 +13,6 @@ from sauce_hooks.scenes.bundled import Relative, load_relative
 from tiny import snapshot
 
 RETAINED = ("blue", "car", "tennis", "happy", "glass")
-README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +118,6 @@ def test_erasing_red_and_tiger_forgets_them_and_keeps_the_rest(bundle):
     assert sum(inside[c] for c in RETAINED) / sum(before[c] for c in RETAINED) >= 0.9
     assert snapshot(model) == state
     assert affirmed() == before
-
-
-def test_the_example_of_the_readme_runs_as_printed():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    (example,) = (code for code in blocks if "scenes.load()" in code)
-    assert 'with ConceptEraser(model, sae, ["red", "tiger"]):' in example
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        exec(example, {})
-    assert re.search(r"\w", said.getvalue())
-    assert not {"red", "tiger"} & set(said.getvalue().split())
 
 
 def test_the_sae_reconstructs_what_llava_reads(bundle):

@@ -95,6 +95,20 @@ def test_every_extra_that_a_message_names_exists():
     assert named and named <= set(PROJECT["project"]["optional-dependencies"])
 
 
+def pins(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+@pytest.mark.parametrize("package", ["nnsight", "sae-lens", "transformers"])
+def test_the_lowest_version_that_is_promised_is_the_one_that_is_tested(package):
+    (required,) = (r for r in PROJECT["project"]["dependencies"] if r.startswith(f"{package}>="))
+    lowest = required.removeprefix(f"{package}>=").split(",")[0]
+    tested = pins("constraints-lowest.txt")[package]
+    assert tested == lowest + ".0" * (tested.count(".") - lowest.count("."))
+    assert tuple(map(int, pins("constraints.txt")[package].split("."))) > tuple(map(int, tested.split(".")))
+
+
 def test_the_version_is_one():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"version: {sauce_hooks.__version__}\n" in citation

@@ -33,9 +33,10 @@ def pictures() -> Iterator[Any]:
     del sys.modules["pictures"]
 
 
-def test_the_front_page_shows_what_the_model_says_now(pictures):
+def test_the_front_pages_show_what_the_model_says_now(pictures):
     shown = pictures.ask(*scenes.load())
-    assert pictures.written((DOCS / "index.md").read_text(encoding="utf-8")) == pictures.table(shown)
+    for page, assets in pictures.PAGES.items():
+        assert pictures.written(page.read_text(encoding="utf-8")) == pictures.table(shown, assets)
     for i, one in enumerate(shown):
         drawn = np.asarray(one.scene.image, dtype=float)
         kept = np.asarray(Image.open(DOCS / "assets" / f"scene-{i}.png").convert("RGB"), dtype=float)

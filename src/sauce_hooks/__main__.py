@@ -1,5 +1,16 @@
-"""`python -m sauce_hooks`, which is what `torchrun -m` and `accelerate launch -m` start."""
+"""`sauce-hooks`, and `python -m sauce_hooks`, which is what `torchrun -m` and `accelerate launch -m` start."""
 
-from sauce_hooks.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """The command line; Ctrl-C is understood from the first import on."""
+    try:
+        from sauce_hooks import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from sauce_hooks.errors import SauceHooksError
+from sauce_hooks.errors import SauceHooksError, UnknownConceptError
+
+_KEPT = "what is finished is kept: the same command goes on from there"
+_INTERRUPTED = {"frontier": _KEPT, "reproduce": _KEPT, "train-sae": "nothing new is saved"}
+"""What Ctrl-C leaves, by verb. Others write at their end, whole or not at all."""
 
 
 class _Verbs(TyperGroup):
@@ -28,8 +36,16 @@ class _Verbs(TyperGroup):
         except OSError as error:  # a full disk, a folder that may not be written to
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("\ninterrupted", err=True)
+        except ImportError as error:
+            if "sauce-hooks[" not in str(error):  # an extra that is not installed, and how to install it
+                raise
+            typer.secho(str(error), err=True, fg="red")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as interrupt:
+            left = _INTERRUPTED.get(ctx.invoked_subcommand, "")
+            if ctx.invoked_subcommand == "train-sae" and str(interrupt):
+                left = f"{interrupt}: the same command with --resume goes on from there"
+            typer.echo("\ninterrupted" + (f"; {left}" if left else ""), err=True)
             raise typer.Exit(130) from None
 
 
@@ -40,7 +56,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make a vision-language model forget named concepts while it runs, without touching its weights.",
     epilog="Exit codes: 0 done; 1 it could not be done, and why is said; 2 the command was not understood; 130 interrupted "
-    "(long runs go on where they were, called again with the same folder).",
+    "(long runs go on where they were, called again with the same folder). Results go to stdout, all else to stderr; with "
+    "--json stdout is one JSON document.",
 )
 SEE, MAKE, MEASURE = "See it", "On your own model", "Measure"
 """The parts of the table of contents, in this order."""
@@ -73,11 +90,42 @@ SAEArgument = Annotated[
 ]
 ImagesHelp = "A folder of images, or one image."
 JSONOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs to read.")]
+PRESETS = ("sauce", "batchtopk", "matryoshka", "topk", "jumprelu", "gated", "matching_pursuit")
+EXPERIMENTS = ("table2", "table4", "figure6", "figure7")
+"""Names that the shell completes; written out here, as completing must not import torch."""
+
+
+def _begins(names: Sequence[str]) -> Callable[[str], list[str]]:
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 def _say(as_json: bool, record: dict[str, Any], text: str) -> None:
     """For programs, or for people."""
-    typer.echo(json.dumps(record, ensure_ascii=False) if as_json else text)
+    typer.echo(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: what could not be measured is null."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _aside(as_json: bool) -> AbstractContextManager[Any]:
+    """Where programs read stdout, what is printed meanwhile goes to stderr."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
+
+
+def _bundled_concepts(names: Sequence[str] | None) -> list[str] | None:
+    """Concepts to erase, each once; a wrong one is refused before anything is measured."""
+    from sauce_hooks.scenes import CONCEPTS
+
+    for name in names or ():
+        if name not in CONCEPTS:
+            raise UnknownConceptError(name, CONCEPTS)
+    return list(dict.fromkeys(names)) if names else None
 
 
 @app.command(rich_help_panel=SEE)
@@ -85,7 +133,9 @@ def demo(
     out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("sauce_hooks_demo.html"),
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images and concepts: half a minute.")] = False,
 ) -> None:
-    """See the bundled model forget "red" and "tiger": answers, numbers, and an HTML page.
+    """See the bundled model forget "red" and "tiger".
+
+    Answers, numbers, and an HTML page, in a minute or two.
 
     Example: `sauce-hooks demo --out forget.html`
     """
@@ -94,87 +144,48 @@ def demo(
     run(out, quick=quick)
 
 
-@app.command(rich_help_panel=MEASURE)
-def table(
-    out: Annotated[Path, typer.Option(file_okay=False, help="The folder for the results.")] = Path("table"),
-    n: Annotated[int, typer.Option(min=1, help="Test images that hold each concept, and as many that lack it.")] = 50,
-    retained: Annotated[int, typer.Option(min=1, help="Images of each retained concept.")] = 10,
-    concepts: Annotated[
-        list[str] | None, typer.Option("--concepts", help="A concept to erase; repeat for several. All by default.")
-    ] = None,
-) -> None:
-    """Measure the erasure of every concept of the bundled world, several methods side by side.
-
-    Example: `sauce-hooks table --out runs/table --concepts red --concepts tiger`
-    """
-    from sauce_hooks.scenes.table import run
-
-    run(out, n, retained, concepts)
-
-
-@app.command(rich_help_panel=MEASURE)
-def frontier(
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
-    ] = Path("frontier"),
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 2,
-    concepts: Annotated[
-        list[str] | None, typer.Option("--concepts", help="A concept to erase; repeat for several. All by default.")
-    ] = None,
-) -> None:
-    """Compare scores and edits on the bundled world at equal retention. About an hour on two cores.
-
-    Example: `sauce-hooks frontier --out runs/frontier --concepts car --concepts stone`
-    """
-    from sauce_hooks.scenes.frontier import run
-
-    run(out, jobs, concepts)
-
-
-@app.command(rich_help_panel=MEASURE)
-def reproduce(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="*table2*, *table4*, *figure6*, *figure7* or *all*.")],
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
-    ] = Path("reproduction"),
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="A model at the paper's scale: *llava-1.5-7b*, *llama-3.2-11b-vision*, *smolvlm-256m*, or a file. "
-            "Its SAE is trained and its concepts are learnt first, where that is not done."
-        ),
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each; 1 with `--config`.")] = 2,
+@app.command(rich_help_panel=SEE)
+def ask(
+    model: ModelArgument,
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False, help="The picture.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question about the image.")],
+    sae: Annotated[str | None, typer.Option(help="The SAE's folder or hub id; the bundled model brings its own.")] = None,
+    erase: Annotated[list[str] | None, typer.Option(help="A concept to erase; repeat for several.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
     as_json: JSONOption = False,
 ) -> None:
-    """Make the paper's tables and figures anew, and check what it claims, claim by claim. About 45 minutes on two cores.
+    """Ask a model about an image, before and while it forgets.
 
-    Writes a CSV, a Markdown file and a picture of each, and one HTML page. Over several processes or GPUs:
-    `accelerate launch -m sauce_hooks reproduce ...`.
-
-    Example: `sauce-hooks reproduce figure6 --out runs/paper`
+    Example: `sauce-hooks ask bundled photo.png "describe this picture." --erase red --erase tiger`
     """
-    from dataclasses import asdict
-    from functools import partial
+    from sauce_hooks.activations import iter_images
+    from sauce_hooks.erasure import ConceptEraser
+    from sauce_hooks.evaluation import chat_prompt
+    from sauce_hooks.sae import VisionSAE
+    from sauce_hooks.scenes import asset
 
-    from rich.console import Console
+    if sae is None and erase and model != "bundled":
+        raise typer.BadParameter("to erase a concept, say which SAE knows it", param_hint="--sae")
+    with _aside(as_json):
+        vision_sae = VisionSAE.load(sae or asset("sae")) if erase else None
+        for name in erase or ():
+            assert vision_sae is not None
+            vision_sae.concepts[name]  # an unknown one is refused before a model is loaded
+        picture = next(iter_images(image))
+        network, processor = _load(model)
+        eraser = ConceptEraser(network, vision_sae, erase) if vision_sae is not None and erase else None
+        inputs = processor(images=picture, text=chat_prompt(processor, prompt), return_tensors="pt")
+        inputs = inputs.to(network.device, dtype=network.dtype)
 
-    from sauce_hooks.reproduce import EXPERIMENTS, bundled_study
-    from sauce_hooks.reproduce import reproduce as run
+        def answer() -> str:
+            output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    if what not in (*EXPERIMENTS, "all"):
-        raise typer.BadParameter(f"{what!r} is none of {', '.join(EXPERIMENTS)}, all", param_hint="WHAT")
-    names = tuple(EXPERIMENTS) if what == "all" else (what,)
-    make: Any = partial(bundled_study, out / "weights")
-    if config is not None:
-        from sauce_hooks.reproduce.paper import paper, prepare
-
-        prepare(config, out)
-        make = paper(config, out)
-    findings = run(make, out, names, jobs=jobs if config is None else 1, console=Console(stderr=as_json))
-    if as_json:
-        claims = [{**asdict(claim), "outcome": claim.outcome} for finding in findings for claim in finding.claims]
-        typer.echo(json.dumps({"out": str(out), "claims": claims}, ensure_ascii=False))
+        answers = {"before": answer()}
+        if eraser is not None:
+            with eraser:
+                answers["erased"] = answer()
+    _say(as_json, answers, "\n".join(f"{when + ':':<7} {said}" for when, said in answers.items()))
 
 
 @app.command("hook-point", rich_help_panel=MAKE)
@@ -188,14 +199,17 @@ def hook_point(
     ] = None,
     as_json: JSONOption = False,
 ) -> None:
-    """Show where in a model concepts would be erased. Reads the model's configuration, not its weights.
+    """Show where in a model concepts would be erased.
+
+    Reads the model's configuration, not its weights.
 
     Example: `sauce-hooks hook-point llava-hf/llava-1.5-7b-hf`
     """
     from sauce_hooks.hookpoint import find_hook_point, tokens_per_image
 
-    skeleton = _skeleton(model)
-    place = find_hook_point(skeleton, int(layer) if layer and layer.lstrip("+-").isdecimal() else layer)
+    with _aside(as_json):
+        skeleton = _skeleton(model)
+        place = find_hook_point(skeleton, int(layer) if layer and layer.lstrip("+-").isdecimal() else layer)
     facts = {
         "family": place.family,
         "path": place.path,
@@ -223,7 +237,8 @@ def train_sae(
         str,
         typer.Option(
             help="*sauce*: the paper's; *batchtopk*: a better modern one; to compare with it: *matryoshka*, *topk*, "
-            "*jumprelu*, *gated*, *matching_pursuit*."
+            "*jumprelu*, *gated*, *matching_pursuit*.",
+            autocompletion=_begins(PRESETS),
         ),
     ] = "sauce",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the folder.")] = False,
@@ -235,41 +250,90 @@ def train_sae(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images; the preset's by default.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")] = None,
     image_batch_size: Annotated[int, typer.Option(min=1, help="Images a forward of the tower.")] = 64,
-    log_to: Annotated[list[str] | None, typer.Option(help="*tensorboard* or *wandb*; repeat for both.")] = None,
+    log_to: Annotated[
+        list[str] | None,
+        typer.Option(help="*tensorboard* or *wandb*; repeat for both.", autocompletion=_begins(("tensorboard", "wandb"))),
+    ] = None,
     as_json: JSONOption = False,
 ) -> None:
-    """Train a sparse autoencoder on one block of a model's vision tower.
+    """Train a sparse autoencoder on a model's vision tower.
+
+    It reads one block of the tower; `hook-point` says which. Ctrl-C saves: the same command with `--resume` goes on.
 
     Over several processes: `torchrun --nproc-per-node 8 -m sauce_hooks train-sae ...`, or `accelerate launch`.
 
     Example: `sauce-hooks train-sae llava-hf/llava-1.5-7b-hf photos/ --out llava-sae --preset batchtopk`
     """
-    from sauce_hooks.sae import train_sae as train
-    from sauce_hooks.sae.presets import PRESETS
-
     if preset not in PRESETS:
         raise typer.BadParameter(f"{preset!r} is none of {', '.join(PRESETS)}", param_hint="--preset")
-    data = _images(images, split)
     changes: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    network, processor = _load(model)
-    sae = train(
-        network,
-        data,
-        processor=processor,
-        preset=preset,
-        out=out,
-        resume=resume,
-        cache=cache,
-        n_images=n_images,
-        workers=workers,
-        image_batch_size=image_batch_size,
-        log_to=log_to or (),
-        **changes,
-    )
+    with _aside(as_json):
+        from sauce_hooks.sae import train_sae as train
+
+        data = _images(images, split)
+        network, processor = _load(model)
+        sae = train(
+            network,
+            data,
+            processor=processor,
+            preset=preset,
+            out=out,
+            resume=resume,
+            cache=cache,
+            n_images=n_images,
+            workers=workers,
+            image_batch_size=image_batch_size,
+            log_to=log_to or (),
+            **changes,
+        )
     if sae.stats is not None:
         typer.echo(f"explained variance {sae.stats.explained_variance:.3f}, L0 {sae.stats.l0:.1f}", err=True)
     facts = {} if sae.stats is None else {"explained_variance": sae.stats.explained_variance, "l0": sae.stats.l0}
     _say(as_json, {"out": str(out), **facts}, str(out))
+
+
+@app.command(rich_help_panel=MAKE)
+def features(
+    sae: Annotated[
+        str, typer.Argument(metavar="SAE", help="A folder that `train-sae` wrote, a hub id, or the word *bundled*.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model it belongs to, to measure its features on `--images`.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(metavar="IMAGES", exists=True, help=ImagesHelp)] = None,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("features.html"),
+    as_json: JSONOption = False,
+) -> None:
+    """Look at what an SAE's features mean, on one HTML page.
+
+    Numbers, plots and each feature's top images. With `--model` and `--images` it measures, and the SAE's folder remembers;
+    without, the page shows what the folder holds.
+
+    Example: `sauce-hooks features llava-sae --model llava-hf/llava-1.5-7b-hf --images photos/ --out features.html`
+    """
+    from sauce_hooks.report import write_features
+    from sauce_hooks.sae import VisionSAE
+    from sauce_hooks.scenes import asset
+
+    bundled = sae == "bundled"
+    if (model is None) != (images is None) and not bundled:
+        missing = "--images" if images is None else "--model"
+        raise typer.BadParameter("measuring takes both a model and images: one of them is missing", param_hint=missing)
+    with _aside(as_json):
+        vision_sae = VisionSAE.load(asset("sae") if bundled else sae)
+        if model is not None or bundled:
+            _describe(vision_sae, model or "bundled", images)
+            if Path(sae).is_dir() and not bundled:
+                vision_sae.save(sae)
+        if vision_sae.stats is None:
+            raise typer.BadParameter(
+                f"{sae} holds nothing about its features yet: add --model MODEL --images IMAGES to measure them",
+                param_hint="SAE",
+            )
+        page = write_features(vision_sae, out, sae)
+    stats = vision_sae.stats
+    facts = {"explained_variance": stats.explained_variance, "l0": stats.l0, "dead_share": stats.dead_share}
+    _say(as_json, {"page": str(page), "features": vision_sae.d_sae, **facts}, str(page))
 
 
 @app.command(rich_help_panel=MAKE)
@@ -290,7 +354,9 @@ def learn(
     ] = False,
     as_json: JSONOption = False,
 ) -> None:
-    """Learn a concept from images with it and images without it; the SAE's folder remembers it.
+    """Learn a concept from images with it and images without.
+
+    The SAE's folder remembers it.
 
     Example: `sauce-hooks learn ./llava llava-sae tiger photos/tiger photos/other --sibling cat=photos/cat --tune`
     """
@@ -302,24 +368,31 @@ def learn(
     if tune and (k is not None or gamma is not None):
         raise typer.BadParameter("--tune finds the number of features and gamma: leave out --k and --gamma")
     siblings = dict(map(_sibling, sibling or ()))
-    vision_sae = VisionSAE.load(sae)
-    network, processor = _load(model)
-    options: dict[str, Any] = {"processor": processor, "siblings": siblings or None}
-    if tune:
-        words = wording() if model == "bundled" else None
-        concept = tune_concept(network, vision_sae, name, positives, negatives, wording=words, **options)
-    else:
-        concept = learn_concept(network, vision_sae, name, positives, negatives, k=k, gamma=gamma, **options)
-    vision_sae.save(sae)
+    with _aside(as_json):
+        vision_sae = VisionSAE.load(sae)
+        network, processor = _load(model)
+        options: dict[str, Any] = {"processor": processor, "siblings": siblings or None}
+        if tune:
+            words = wording() if model == "bundled" else None
+            concept = tune_concept(network, vision_sae, name, positives, negatives, wording=words, **options)
+        else:
+            concept = learn_concept(network, vision_sae, name, positives, negatives, k=k, gamma=gamma, **options)
+        vision_sae.save(sae)
     best = ", ".join(f"{f} ({s:.3g})" for f, s in list(zip(concept.features, concept.scores, strict=True))[:5])
     text = f"{name}: {len(concept.features)} features, best {best}"
-    record: dict[str, Any] = {"name": name, "features": concept.features, "scores": concept.scores, "gamma": concept.gamma}
     if concept.effect is not None:
         figures = concept.effect.figures
         found = ", ".join(f"{metric} {100 * rate.value:.0f}%" for metric, rate in figures.items())
         text += f"\ngamma {concept.gamma:g}, written {concept.provenance['written']}: {found} ({concept.effect.images})"
-        record["effect"] = {metric: rate.value for metric, rate in figures.items()}
-    _say(as_json, record, text)
+    _say(as_json, _record(concept), text)
+
+
+def _record(concept: Any) -> dict[str, Any]:
+    """A concept, for programs."""
+    record = {"name": concept.name, "features": concept.features, "scores": concept.scores, "gamma": concept.gamma}
+    if concept.effect is not None:
+        record["effect"] = {metric: rate.value for metric, rate in concept.effect.figures.items()}
+    return record
 
 
 def _sibling(given: str) -> tuple[str, Path]:
@@ -329,45 +402,7 @@ def _sibling(given: str) -> tuple[str, Path]:
     return name, Path(images)
 
 
-@app.command(rich_help_panel=MAKE)
-def features(
-    sae: Annotated[
-        str, typer.Argument(metavar="SAE", help="A folder that `train-sae` wrote, a hub id, or the word *bundled*.")
-    ],
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The model it belongs to, to measure its features on `--images`.")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(metavar="IMAGES", exists=True, help=ImagesHelp)] = None,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("features.html"),
-) -> None:
-    """Look at what an SAE's features mean: numbers, plots and each feature's top images, on one HTML page.
-
-    With `--model` and `--images` it measures, and the SAE's folder remembers; without, the page shows what the folder holds.
-
-    Example: `sauce-hooks features llava-sae --model llava-hf/llava-1.5-7b-hf --images photos/ --out features.html`
-    """
-    from sauce_hooks.report import write_features
-    from sauce_hooks.sae import VisionSAE
-    from sauce_hooks.scenes import asset
-
-    bundled = sae == "bundled"
-    if (model is None) != (images is None) and not bundled:
-        missing = "--images" if images is None else "--model"
-        raise typer.BadParameter("measuring takes both a model and images: one of them is missing", param_hint=missing)
-    vision_sae = VisionSAE.load(asset("sae") if bundled else sae)
-    if model is not None or bundled:
-        _describe(vision_sae, model or "bundled", images)
-        if Path(sae).is_dir() and not bundled:
-            vision_sae.save(sae)
-    elif vision_sae.stats is None:
-        raise typer.BadParameter(
-            f"{sae} holds nothing about its features yet: add --model MODEL --images IMAGES to measure them",
-            param_hint="SAE",
-        )
-    typer.echo(write_features(vision_sae, out, sae))
-
-
-concept_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at concepts.")
+concept_app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown", help="Look at a concept, on one HTML page.")
 app.add_typer(concept_app, name="concept", rich_help_panel=MAKE)
 
 
@@ -383,8 +418,11 @@ def concept_show(
     positives: Annotated[Path | None, typer.Option(exists=True, help="Images that show the concept.")] = None,
     negatives: Annotated[Path | None, typer.Option(exists=True, help="Images that do not.")] = None,
     out: Annotated[Path, typer.Option(dir_okay=False, help="Where to write the page.")] = Path("concept.html"),
+    as_json: JSONOption = False,
 ) -> None:
-    """Look at a concept: what its features fire on, what erasing it writes and does, what is near, on one HTML page.
+    """Look at a concept, on one HTML page.
+
+    What its features fire on, what erasing it writes and does, and what is near.
 
     Without images the page shows what the bank and the SAE's folder know. The bundled SAE brings its own images.
 
@@ -404,57 +442,121 @@ def concept_show(
             "looking at images takes a model, images with the concept and images without: one is missing",
             param_hint=missing[0],
         )
-    vision_sae = VisionSAE.load(asset("sae") if bundled else sae)
-    concept = vision_sae.concepts[name]  # an unknown one is refused before a model is loaded
-    evidence = None
-    if own_images or not missing:
-        network, processor = _load(model or "bundled")
-        vision_sae.sae.to(network.device)
-        sets: dict[str, Any] = {"positives": positives, "negatives": negatives}
-        if own_images:
-            sets = _concept_scenes(vision_sae, name)
-        evidence = look(network, vision_sae, concept, processor=processor, **sets)
-    typer.echo(write_concept(vision_sae, concept, out, evidence, sae_name=sae))
+    with _aside(as_json):
+        vision_sae = VisionSAE.load(asset("sae") if bundled else sae)
+        concept = vision_sae.concepts[name]  # an unknown one is refused before a model is loaded
+        evidence = None
+        if own_images or not missing:
+            network, processor = _load(model or "bundled")
+            vision_sae.sae.to(network.device)
+            sets: dict[str, Any] = {"positives": positives, "negatives": negatives}
+            if own_images:
+                sets = _concept_scenes(vision_sae, name)
+            evidence = look(network, vision_sae, concept, processor=processor, **sets)
+        page = write_concept(vision_sae, concept, out, evidence, sae_name=sae)
+    _say(as_json, {"page": str(page), **_record(concept)}, str(page))
 
 
-@app.command(rich_help_panel=SEE)
-def ask(
-    model: ModelArgument,
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", exists=True, dir_okay=False)],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question about the image.")],
-    sae: Annotated[str | None, typer.Option(help="The SAE's folder or hub id; the bundled model brings its own.")] = None,
-    erase: Annotated[list[str] | None, typer.Option(help="A concept to erase; repeat for several.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 64,
+@app.command(rich_help_panel=MEASURE)
+def table(
+    out: Annotated[Path, typer.Option(file_okay=False, help="The folder for the results.")] = Path("table"),
+    n: Annotated[int, typer.Option(min=1, help="Test images that hold each concept, and as many that lack it.")] = 50,
+    retained: Annotated[int, typer.Option(min=1, help="Images of each retained concept.")] = 10,
+    concepts: Annotated[
+        list[str] | None, typer.Option("--concepts", help="A concept to erase; repeat for several. All by default.")
+    ] = None,
     as_json: JSONOption = False,
 ) -> None:
-    """Ask a model about an image, before and while it forgets.
+    """Erase every concept of the bundled world, by several methods.
 
-    Example: `sauce-hooks ask bundled photo.png "describe this picture." --erase red --erase tiger`
+    Prints and writes what is forgotten and what is kept, side by side. About 15 minutes on two cores.
+
+    Example: `sauce-hooks table --out runs/table --concepts red --concepts tiger`
     """
-    from sauce_hooks.activations import iter_images
-    from sauce_hooks.erasure import ConceptEraser
-    from sauce_hooks.evaluation import chat_prompt
-    from sauce_hooks.sae import VisionSAE
-    from sauce_hooks.scenes import asset
+    erased = _bundled_concepts(concepts)
+    with _aside(as_json):
+        from sauce_hooks.scenes.table import run
 
-    if sae is None and erase and model != "bundled":
-        raise typer.BadParameter("to erase a concept, say which SAE knows it", param_hint="--sae")
-    vision_sae = VisionSAE.load(sae or asset("sae")) if erase else None
-    picture = next(iter_images(image))
-    network, processor = _load(model)
-    eraser = ConceptEraser(network, vision_sae, erase) if vision_sae is not None and erase else None
-    inputs = processor(images=picture, text=chat_prompt(processor, prompt), return_tensors="pt")
-    inputs = inputs.to(network.device, dtype=network.dtype)
+        results = run(out, n, retained, erased)
+    if as_json:
+        _say(as_json, {"out": str(out), "results": results.to_frame().to_dict("records")}, "")
 
-    def answer() -> str:
-        output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
-        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
-    answers = {"before": answer()}
-    if eraser is not None:
-        with eraser:
-            answers["after"] = answer()
-    _say(as_json, answers, "\n".join(f"{when + ':':<7} {said}" for when, said in answers.items()))
+@app.command(rich_help_panel=MEASURE)
+def frontier(
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
+    ] = Path("frontier"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each.")] = 2,
+    concepts: Annotated[
+        list[str] | None, typer.Option("--concepts", help="A concept to erase; repeat for several. All by default.")
+    ] = None,
+    as_json: JSONOption = False,
+) -> None:
+    """Compare scores and edits at equal retention.
+
+    Every score with every edit, on the bundled world. About an hour on two cores.
+
+    Example: `sauce-hooks frontier --out runs/frontier --concepts car --concepts stone`
+    """
+    erased = _bundled_concepts(concepts)
+    with _aside(as_json):
+        from sauce_hooks.scenes.frontier import run
+
+        found = run(out, jobs, erased)
+    if as_json:
+        _say(as_json, {"out": str(out), "cells": found}, "")
+
+
+@app.command(rich_help_panel=MEASURE)
+def reproduce(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="*table2*, *table4*, *figure6*, *figure7* or *all*.",
+            autocompletion=_begins((*EXPERIMENTS, "all")),
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="The folder for the results; a half-finished run goes on.")
+    ] = Path("reproduction"),
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="A model at the paper's scale: *llava-1.5-7b*, *llama-3.2-11b-vision*, *smolvlm-256m*, or a file. "
+            "Its SAE is trained and its concepts are learnt first, where that is not done."
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, of one core each; 1 with `--config`.")] = 2,
+    as_json: JSONOption = False,
+) -> None:
+    """Make the paper's tables and figures anew, claim by claim.
+
+    *all* takes about half an hour on two cores. Writes a CSV, a Markdown file and a picture of each, and one HTML page.
+    Over several processes or GPUs: `accelerate launch -m sauce_hooks reproduce ...`.
+
+    Example: `sauce-hooks reproduce figure6 --out runs/paper`
+    """
+    from dataclasses import asdict
+    from functools import partial
+
+    if what not in (*EXPERIMENTS, "all"):
+        raise typer.BadParameter(f"{what!r} is none of {', '.join(EXPERIMENTS)}, all", param_hint="WHAT")
+    with _aside(as_json):
+        from sauce_hooks.reproduce import bundled_study
+        from sauce_hooks.reproduce import reproduce as run
+
+        make: Any = partial(bundled_study, out / "weights")
+        if config is not None:
+            from sauce_hooks.reproduce.paper import paper, prepare
+
+            prepare(config, out)
+            make = paper(config, out)
+        findings = run(make, out, EXPERIMENTS if what == "all" else (what,), jobs=jobs if config is None else 1)
+    if as_json:
+        claims = [{**asdict(claim), "outcome": claim.outcome} for finding in findings for claim in finding.claims]
+        _say(as_json, {"out": str(out), "claims": claims}, "")
 
 
 def _images(images: str, split: str) -> Any:
@@ -560,12 +662,22 @@ def _skeleton(model: str) -> Any:
 
 
 def _not_loaded(model: str, problem: Exception) -> typer.BadParameter:
-    return typer.BadParameter(f"{model!r} is no vision-language model that can be loaded: {problem}", param_hint="MODEL")
+    reason = " ".join(str(problem).split())
+    if Path(model).is_dir():
+        message = f"the folder {model!r} holds no vision-language model that can be loaded: {reason}"
+    else:
+        message = f"{model!r} is no folder here, and no vision-language model that the hub gives: {reason}"
+    return typer.BadParameter(message, param_hint="MODEL")
 
 
 def main() -> None:
     """The entry point."""
-    app()
+    if not sys.stderr.isatty():  # transformers' bars are redrawn, and fill a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(prog_name="sauce-hooks")  # under `python -m` too: completion and hints name the command
+    except KeyboardInterrupt:  # before a verb began
+        sys.exit(130)
 
 
 if __name__ == "__main__":

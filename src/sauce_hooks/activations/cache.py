@@ -88,6 +88,7 @@ class ActivationCache:
             ActivationCacheError: the folder holds something else, or activations of something else (says in what they
                 differ), or a damaged cache; or another process fills it.
             OSError: it cannot be written.
+            ValueError: a shard of no rows.
         """
         if rows_per_shard < 1:
             raise ValueError(f"a shard needs room: rows_per_shard is {rows_per_shard}")

@@ -256,7 +256,11 @@ def iter_images(images: Any) -> Iterator[Image.Image]:
 
 
 def count_images(images: Any) -> int:
-    """How many images there are, readable or not."""
+    """How many images there are, readable or not.
+
+    Raises:
+        ImagesError: nobody knows before they are read, as with a stream, shards or an iterator.
+    """
     source = find_source(images)
     if isinstance(source, Once | HubStream | Shards):
         raise ImagesError(f"the number of images in a {type(images).__name__} is not known: give a list or a folder")

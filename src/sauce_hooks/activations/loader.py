@@ -66,6 +66,10 @@ class ImageLoader:
         log: a file that gets a JSON line for every unreadable image, once.
         dtype: of the floating model inputs made from images; None: as the processor makes them.
         pin_memory: give model inputs in page-locked memory, from where a GPU takes them while the host goes on.
+
+    Raises:
+        ImagesError: no images, images that can be read only once, or no processor where one is needed.
+        ValueError: no such batch, process or number of images.
     """
 
     n_images: int | None

@@ -55,7 +55,9 @@ def read_batch(
 ) -> Float[Tensor, "batch chosen d_in"]:
     """The chosen tokens of one batch of model inputs; where images have any number of tokens, all in one row of the batch.
 
-    Raises as `read_tokens` does.
+    Raises:
+        NonFiniteActivationsError: a row holds NaN or infinity.
+        HookPointError, TokenPolicyError: as `read_tokens` does.
     """
     output = _output(root, inputs, hook_point)
     chosen = select_from(output, hook_point, tokens, getattr(root, "config", None), inputs)

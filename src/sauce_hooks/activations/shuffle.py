@@ -27,6 +27,9 @@ class ShuffleBuffer:
             batch_size: rows of a batch.
             capacity: rows that are mixed.
             generator: a generator of the CPU, whatever device the rows are on.
+
+        Raises:
+            ValueError: no room for a row.
         """
         if batch_size < 1 or capacity < 1:
             raise ValueError(f"a buffer needs room: batch_size is {batch_size}, capacity is {capacity}")
@@ -97,7 +100,11 @@ class ShuffleBuffer:
         return {**state, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state of a buffer of the same sizes: first comes what is `pending`, then the row `taken`."""
+        """Go on from a state of a buffer of the same sizes: first comes what is `pending`, then the row `taken`.
+
+        Raises:
+            ValueError: the state is of a buffer of other sizes.
+        """
         for name, size in (("pool", self.capacity), ("batch", self.batch_size)):
             if state[name] is not None and len(state[name]) != size:
                 raise ValueError(f"the state is of another buffer: its {name} has {len(state[name])} rows, not {size}")

@@ -111,7 +111,7 @@ class World:
         return everyones
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
-        """A tensor, in place, as its "sum", "min" or "max" over the processes."""
+        """A tensor of any shape, in place, as its "sum", "min" or "max" over the processes."""
         if self.size > 1:
             dist.all_reduce(value, {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}[how])
         return value

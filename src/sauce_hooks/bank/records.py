@@ -15,7 +15,7 @@ from sauce_hooks.errors import EditError
 
 @dataclass(frozen=True)
 class Rate:
-    """A share, with what it was counted from."""
+    """A share, with what it was counted from and its 95% interval (Wilson's, where a share is of independent answers)."""
 
     value: float
     n: int
@@ -102,7 +102,11 @@ class Projection:
 
 @dataclass(frozen=True)
 class Concept:
-    """A named concept as features of one SAE, and how it wants to be erased."""
+    """A named concept as features of one SAE, and how it wants to be erased.
+
+    Raises:
+        EditError: a feature named twice or negative, or scores, means or gates that are not one a feature.
+    """
 
     name: str
     features: tuple[int, ...]

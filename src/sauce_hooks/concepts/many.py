@@ -28,8 +28,10 @@ def learn_concepts(
     """`learn_concept` for many names from one pass: all are stored in `sae.concepts`, or none is.
 
     ```python
-    statistics = labelled_statistics(model, sae, images, labels)
-    learn_concepts(sae, statistics)
+    import sauce_hooks as sh
+
+    statistics = sh.labelled_statistics(model, sae, images, labels, processor=processor)
+    sh.learn_concepts(sae, statistics)
     ```
 
     Args:

@@ -115,7 +115,8 @@ def leace(positives: TokenMoments, negatives: TokenMoments) -> Projection:
 PROJECTIONS: Mapping[str, Callable[[TokenMoments, TokenMoments], Projection]] = MappingProxyType(
     {"difference_of_means": difference_of_means, "leace": leace}
 )
-"""Ways to find what is projected out, by name: functions of the two sets' moments."""
+"""Ways to find what is projected out, by name: functions of the two sets' moments. LEACE is of Belrose et al., arXiv
+2306.03819."""
 
 
 def learn_projection(
@@ -130,6 +131,8 @@ def learn_projection(
     batch_size: int = 64,
 ) -> Concept:
     """Learn a dense projection for a concept, and store it in `sae.concepts`; erased with `edit="project"`.
+
+    The direction between the means of the two sets, or LEACE (Belrose et al., arXiv 2306.03819).
 
     A concept that the bank already knows keeps its features and its edit, and can from then on be erased either way. A new
     one has no features, and "project" is its own edit.

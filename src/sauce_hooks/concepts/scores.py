@@ -125,4 +125,5 @@ SCORERS: Mapping[str, Scorer] = MappingProxyType(
         "log_odds": log_odds_score,
     }
 )
-"""Scores by name; `learn_concept` also takes a function of the same kind."""
+"""Scores by name; `learn_concept` also takes a function of the same kind. "sauce" is the paper's Eq. 4; each
+function names its source."""

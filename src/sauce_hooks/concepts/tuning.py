@@ -29,11 +29,17 @@ WITHOUT_GAMMA = ("replace", "project")
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure must come to: a least value, or a loss against the original model of so much at the most."""
+    """What a figure must come to: a least value, or a loss against the original model of so much at the most.
+
+    Raises:
+        ContrastError: neither or both are given, or a loss of what grows as a concept is forgotten.
+    """
 
     metric: str
     at_least: float | None = None
+    """A share, from 0 to 1."""
     at_most_lost: float | None = None
+    """A share of the original model's, likewise: 0.02 is 2 points."""
 
     def __post_init__(self) -> None:
         if (self.at_least is None) == (self.at_most_lost is None):
@@ -83,6 +89,9 @@ class Tuning:
     the concept an edit writes Σ (γ − 1) μ_i W_dec[i]; its size is taken as |1 − γ| · ‖μ‖, as for orthonormal decoder rows.
     A target that says nothing of forgetting would be reached by doing nothing: there, the setting that forgets most
     (the lesser of `FORGETTING`) comes before the one that keeps most.
+
+    Raises:
+        ContrastError: nothing to try, or no target.
     """
 
     measure: Measure

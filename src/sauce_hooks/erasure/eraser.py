@@ -75,6 +75,7 @@ class ConceptEraser:
         SAEMismatchError: the SAE does not fit the model, or was trained on another tower.
         HookPointError: the model has no vision tower.
         IneffectiveEraserError: on entering, in the first forward, or on leaving: the edit does not, or did not, take effect.
+        EditError: there is no such edit or scope, or the concepts and the edit do not go together.
     """
 
     def __init__(
@@ -192,13 +193,17 @@ class ConceptEraser:
         return cast(Callable[P, R], functools.wraps(function)(decorated(self, function)))
 
     def intervene(self, traced: Any) -> None:
-        """The same edit inside an nnsight trace, or in `edit()` for all later traces; hooks and accounts play no part.
+        """The same edit inside an nnsight trace, or in `nm.edit(inplace=True)` for all later ones; hooks play no part.
 
         ```python
         with nm.trace(**inputs):
             eraser.intervene(nm)
             logits = nm.output.logits.save()
         ```
+
+        Raises:
+            EraserStateError: an eraser is on at this place already, which would be edited twice.
+            IneffectiveEraserError: the language side does not read this place.
         """
         block = traced.get(self.hook_point.path)
         attachment = Attachment(self.hook_point, self.edit, self._row_edits, self._sizes, allow_bypass=self.allow_bypass)
@@ -237,6 +242,10 @@ class ConceptEraser:
             rows: the concepts of each row of text, as `ConceptEraser` takes them.
             sizes: how many images each row has (counting tiles and frames, or patches where the tower packs them). None: as
                 follows from the batch; where it does not, the forward raises `EditError` and nothing is generated.
+
+        Raises:
+            EditError: no rows, or sizes that are not one a row.
+            UnknownConceptError: a name the bank does not hold.
         """
         if sizes is not None and (len(sizes) != len(rows) or any(size < 0 for size in sizes) or not any(sizes)):
             raise EditError(f"sizes {list(sizes)} are not those of {len(rows)} rows")

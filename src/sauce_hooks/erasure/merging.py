@@ -76,7 +76,11 @@ def merge_edits(edits: Sequence[Edit]) -> Edit:
 
 
 class MergedEdit:
-    """All edits active at one place, as one function of the block's tokens."""
+    """All edits active at one place, as one function of the block's tokens.
+
+    Raises:
+        EditError: edits of different tokens, or one that drops the error beside one that cannot be put together with it.
+    """
 
     def __init__(self, edits: Sequence[Edit]) -> None:
         policies: set[EditTokens] = {edit.tokens for edit in edits}

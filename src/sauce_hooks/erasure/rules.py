@@ -183,4 +183,7 @@ def _needed(concept: Concept, name: str) -> tuple[float, ...]:
 EDITS: Mapping[str, Callable[[Concept, float], dict[int, Rule]]] = MappingProxyType(
     {"scale": scale, "gated": gated, "clamp": clamp, "replace": replace_tokens}
 )
-"""Edits of features by name: the rules that a concept's features get for a factor γ."""
+"""Edits of features by name: the rules that a concept's features get for a factor γ.
+
+"scale" is Eq. 6, "gated" SAeUron's, "clamp" from arXiv 2504.08192, "replace" from arXiv 2606.31699.
+"""

@@ -116,7 +116,7 @@ class Erasers:
         return cast(Callable[P, R], functools.wraps(function)(decorated(self, function)))
 
     def intervene(self, traced: Any) -> None:
-        """The same edits inside an nnsight trace, or in `edit()`; in the order in which the model runs the blocks."""
+        """The same edits inside an nnsight trace, or in `nm.edit(inplace=True)`; in the order of the blocks."""
         order = {path: i for i, (path, _) in enumerate(unwrap(self.model).named_modules())}
         for eraser in sorted(self.erasers, key=lambda eraser: order[eraser.hook_point.path]):
             eraser.intervene(traced)
@@ -133,6 +133,9 @@ class Erasers:
         Args:
             rows: the names of each row's concepts, which every SAE's bank must hold. Features are an SAE's own, and `sizes`
                 count other things at other places; for those join erasers for rows: `a.for_rows(...) | b.for_rows(...)`.
+
+        Raises:
+            EditError: features, or a concept made of them, in place of a name.
         """
         named = [[row] if isinstance(row, str) else list(row) for row in rows]
         own = [concept for row in named for concept in row if not isinstance(concept, str)]

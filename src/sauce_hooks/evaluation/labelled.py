@@ -112,7 +112,12 @@ def split_of(digest: str) -> Split:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images with labels, in three splits that share none."""
+    """Images with labels, in three splits that share none.
+
+    Raises:
+        UnknownConceptError: an image with a label that no domain has.
+        ProbeError: a concept of two domains.
+    """
 
     images: tuple[Labelled, ...]
     domains: Mapping[str, tuple[str, ...]]

@@ -217,7 +217,9 @@ def tune_concept(
     """From folders of photos to a tuned concept in `sae.concepts`, in one call.
 
     ```python
-    tune_concept(model, sae, "tiger", "photos/tiger", "photos/other", processor=processor, siblings={"cat": "photos/cat"})
+    import sauce_hooks as sh
+
+    sh.tune_concept(model, sae, "tiger", "photos/tiger", "photos/other", processor=processor, siblings={"cat": "photos/cat"})
     ```
 
     Nothing is measured on an image with features that it has helped to choose, and yet no image is lost. This is

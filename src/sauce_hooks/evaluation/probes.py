@@ -51,7 +51,11 @@ class Picture(Protocol):
 
 @dataclass(frozen=True)
 class Probe:
-    """An image and the concepts that are true of it."""
+    """An image and the concepts that are true of it.
+
+    Raises:
+        ProbeError: a concept is true of it, and `known` says nothing of that one.
+    """
 
     source: Image.Image | Picture
     """The image, or what opens it."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ORIGINAL = "original model"
+"""What the model without any erasure is called in every table."""
 RELATIVE = ("IRA", "IRA_near", "CRA", "SRA", "SRA_d", "SRA_g")
 """Metrics that are read as a share of the original model's value."""
 _NO_COUNTS: Mapping[str, Counts] = MappingProxyType({})

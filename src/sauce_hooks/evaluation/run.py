@@ -88,6 +88,8 @@ def evaluate(
         ProbeError: no image holds a concept.
         ResumeError: `out` holds an evaluation of another model, of other images, words, judge or method settings.
         EvaluationError: every erasure failed.
+        ValueError: a method called as the original model is, or neither an SAE nor methods.
+        TypeError: a judge that is none.
     """
     for concept in concepts:
         if concept not in probes.concepts:

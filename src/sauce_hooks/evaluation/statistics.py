@@ -284,7 +284,7 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0, draws: int = DRAWS
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two methods' answers to the same questions."""
+    """Two methods' answers to the same questions, compared by McNemar's test."""
 
     metric: str
     first: str

@@ -65,6 +65,7 @@ PHRASINGS: Mapping[str, Phrasings] = MappingProxyType(
         ),
     }
 )
+"""By language, how real models are asked: the paper's question and wish first (Section 4.1), the held-out ones last."""
 
 CHINESE: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

@@ -10,6 +10,7 @@ from sauce_hooks.hookpoint.families import BEHIND, TokenLayout
 from sauce_hooks.hookpoint.wrappers import submodule
 
 Place = Literal["tower", "projector", "language"]
+"""Which part of a model a hook point lies in."""
 
 
 class Found(NamedTuple):

@@ -146,7 +146,11 @@ def find_hook_point(model: Any, layer: int | str | None = None) -> HookPoint:
 
 
 def find_towers(root: nn.Module) -> tuple[_Found, ...]:
-    """Every vision tower of a Hugging Face model (unwrapped), the one images go through first in front."""
+    """Every vision tower of a Hugging Face model (unwrapped), the one images go through first in front.
+
+    Raises:
+        HookPointError: a family without a tower; says why.
+    """
     name = _family_name(root)
     family = FAMILIES.get(name)
     if family is not None and family.refused:

@@ -20,12 +20,18 @@ from sauce_hooks.hookpoint.families import PLACEHOLDERS, VIDEO_PLACEHOLDERS, Tok
 from sauce_hooks.hookpoint.resolve import HookPoint
 
 ReadTokens = Literal["all", "patches", "class", "last"]
+"""Tokens of an image that can be read."""
 EditTokens = Literal["all", "patches"]
+"""Tokens of an image that can be edited."""
 
 
 @dataclass(frozen=True)
 class TokenPolicy:
-    """The tokens an SAE was trained on, and the tokens an erasure edits."""
+    """The tokens an SAE was trained on, and the tokens an erasure edits.
+
+    Raises:
+        TokenPolicyError: no such tokens, or fewer than one of an image.
+    """
 
     read: ReadTokens = "patches"
     """Tokens the SAE is trained on and the concepts' statistics are taken from."""

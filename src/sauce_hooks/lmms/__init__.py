@@ -1,4 +1,4 @@
-"""A model for lmms-eval: any Hugging Face vision-language model, with an eraser on or without; see docs/lmms-eval.md.
+"""A model for lmms-eval: a Hugging Face vision-language model, with an eraser on or without; see docs/lmms-eval.md.
 
 `lmms-eval --model sauce --model_args pretrained=...,sae=...,erase=red+tiger --tasks mme,pope`
 """

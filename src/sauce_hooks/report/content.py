@@ -111,4 +111,4 @@ class DemoPage:
     """The erasure as a Python program."""
     version: str
     seconds: float
-    """How long it all took."""
+    """How long it all took, in seconds."""

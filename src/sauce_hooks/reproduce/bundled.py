@@ -18,7 +18,7 @@ CONCRETE = ("tiger", "cat", "car", "clock", "fish", "tree", "soccer", "tennis", 
 ABSTRACT = ("red", "green", "blue", "pink", "happy", "sad", "bored", "wood", "metal", "fabric")
 """Fourteen others are never erased: of each domain some, so that what merging costs can be asked of them."""
 SIZE = Size(n=12, retained=2, merged=(1, 5, 10, 20), attacked=5, attack_n=10, perturbed=5, perturbed_n=8)
-"""What two cores do in less than 45 minutes."""
+"""What two cores do in half an hour."""
 
 
 def bundled_study(weights: Path | None = None, size: Size = SIZE) -> Study:

@@ -1,5 +1,7 @@
 """The paper's experiments with a real model: what a configuration says, as a `Study`.
 
+<!-- not run: days of GPUs -->
+
 ```python
 prepare("llava-1.5-7b", "runs/llava")        # images, SAE, concepts, learning rates; goes on where it was ended
 study = paper("llava-1.5-7b", "runs/llava")()

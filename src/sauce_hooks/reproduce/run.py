@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sauce_hooks.evaluation.store import slug
+from sauce_hooks.evaluation.workers import in_processes
 from sauce_hooks.reproduce import figure6, figure7, table2, table4
 from sauce_hooks.reproduce.finding import Finding
 from sauce_hooks.reproduce.page import write_findings
 from sauce_hooks.reproduce.sharing import once, share
 from sauce_hooks.reproduce.study import Study
+from sauce_hooks.sae.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,7 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "figure7": Experiment("attacks", figure7.units, figure7.fill, figure7.read),
     }
 )
+"""The paper's tables and figures that are made again, by the name that `sauce-hooks reproduce` takes."""
 
 
 def reproduce(
@@ -66,7 +62,7 @@ def reproduce(
         out: where to write.
         names: which of `EXPERIMENTS`.
         jobs: processes of one core each on this machine; 1 works in this process. Not with `accelerate launch`.
-        console: where to print.
+        console: where to print what was found; a quiet one shows no progress either.
 
     Returns:
         The findings; none in other processes than the first.
@@ -85,13 +81,11 @@ def reproduce(
     for name in names:
         experiment, folder = EXPERIMENTS[name], out / name
         todo = experiment.units(study)
-        with _progress(console, quiet=rank > 0) as bar:
-            task = bar.add_task(name, total=len(todo))
+        with progress_bar(len(todo), name, "unit", show=rank == 0 and not console.quiet) as bar:
             if world > 1:
-                _share(study, experiment, folder, todo, out / "done" / name, partial(bar.advance, task))
+                _share(study, experiment, folder, todo, out / "done" / name, bar.update)
             else:
-                for _ in _filled(make, study, name, folder, todo, jobs):
-                    bar.advance(task)
+                _fill(make, study, name, folder, todo, jobs, bar.update)
         if rank == 0:
             finding = experiment.read(study, folder)
             finding.write(out)
@@ -104,39 +98,30 @@ def reproduce(
     return found
 
 
-def _filled(
+def _fill(
     make: Callable[[], Study],
     study: Study,
     name: str,
     folder: Path,
     work: Sequence[tuple[str, ...]],
     jobs: int,
-) -> Iterator[None]:
-    """Does the work; yields after each unit."""
+    after: Callable[[], object],
+) -> None:
+    """Does the work, here or in other processes."""
     if jobs == 1 or len(work) < 2:
         for unit in work:
             EXPERIMENTS[name].fill(study, folder, unit)
-            yield
+            after()
         return
     EXPERIMENTS[name].fill(study, folder, work[0])  # lays the folder out, before others write to it
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start, (make,))
-    try:
-        yield from pool.map(_do, [(name, folder, unit) for unit in work])
-    except BaseException:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()  # what is finished is on disk
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
+    units = [(name, folder, unit) for unit in work]
+    in_processes(_do, units, jobs, start=_start, given=(make,), after=after)
 
 
 _study: list[Study] = []
 
 
 def _start(make: Callable[[], Study]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and ends this one
-    torch.set_num_threads(1)
     _study.append(make())
 
 
@@ -151,7 +136,7 @@ def _share(
     folder: Path,
     todo: Sequence[tuple[str, ...]],
     done: Path,
-    advance: Callable[[], None],
+    advance: Callable[[], object],
 ) -> None:
     """One of several processes: does whatever nobody else is at, and comes back when all is done.
 
@@ -170,10 +155,3 @@ def _share(
     first = next(iter(by_name))
     once(path_of(first), lambda path: work(first))  # lays the folder out, before others write to it
     share(list(by_name), path_of, work)
-
-
-@contextmanager
-def _progress(console: Console, *, quiet: bool) -> Generator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=quiet) as bar:
-        yield bar

@@ -22,7 +22,11 @@ TOP_IMAGES = 9
 
 @dataclass(frozen=True, eq=False)
 class Gallery:
-    """Each feature's top images, and its monosemanticity score."""
+    """Each feature's top images, and its monosemanticity score (Pach et al., arXiv 2504.02821).
+
+    Raises:
+        ValueError: parts that do not belong together.
+    """
 
     images_fk: Int[Tensor, "d_sae k"] = field(repr=False)
     """Top images of each feature, strongest first, by their place among the images given; −1 where fewer fire it."""

@@ -141,12 +141,12 @@ def for_inference(trained: TrainingSAE[Any], scale: float) -> SAE[Any]:
     if architecture == "jumprelu":
         # Training brings thresholds back to zero before each step; after the last one nothing has.
         sae.get_parameter("threshold").clamp_min_(0)
-    # After the conversion: folded into a BatchTopK training SAE, SAE-Lens would rescale the weights but not the threshold.
+    # After the conversion: folded into a BatchTopK training SAE, older SAE-Lens rescales the weights but not the threshold.
     sae.fold_activation_norm_scaling_factor(scale)
     if architecture == "matching_pursuit":
         # W_enc is W_decᵀ, so the two foldings have cancelled, which is right: the pursuit scales with its input. But it
-        # stops at a residual norm, which is in the units of the input and is not folded.
-        sae.cfg.residual_threshold /= scale
+        # stops at a residual norm, which is in the units of the input. The newest SAE-Lens folds it too, others do not.
+        sae.cfg.residual_threshold = trained.cfg.residual_threshold / scale
     elif architecture in ("topk", "abstopk"):
         if sae.cfg.rescale_acts_by_decoder_norm:
             sae.fold_W_dec_norm()

@@ -124,3 +124,4 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "matching_pursuit": replace(_MODERN, architecture="matching_pursuit", options={"max_iterations": 16}),
     }
 )
+"""By name: the paper's settings ("sauce", Section 4.1), a better modern recipe ("batchtopk"), and others to compare with."""

@@ -84,7 +84,7 @@ class LossAdded:
 
 @dataclass(frozen=True, eq=False)
 class FeatureStats:
-    """How an SAE's features behave on rows (the paper's Section 4.2)."""
+    """How an SAE's features behave on rows: FS (Eq. 7) and FMAV (Eq. 8) of the paper's Section 4.2."""
 
     frequency_f: Float[Tensor, " d_sae"] = field(repr=False)
     """Feature sparsity FS, Eq. 7: the share of rows on which each feature fires (z ≠ 0)."""
@@ -113,7 +113,11 @@ class FeatureStats:
 
 @dataclass
 class VisionSAE:
-    """A sparse autoencoder of one hook point."""
+    """A sparse autoencoder of one hook point.
+
+    Raises:
+        SAEMismatchError: the SAE reads vectors of another width than the hook point's.
+    """
 
     sae: SAE[Any]
     """SAE-Lens's own object, for inference."""

@@ -38,6 +38,7 @@ from sauce_hooks.report import (
     tidy,
     write_page,
 )
+from sauce_hooks.report.figures import FAMILIES
 from sauce_hooks.sae import VisionSAE
 from sauce_hooks.scenes import bundled
 from sauce_hooks.scenes.language import DESCRIBE, YES_NO
@@ -386,10 +387,10 @@ _STYLES = {
 
 
 def _print(page: DemoPage, path: Path, console: Console) -> None:
-    console.print()
-    console.print(Text(page.describe, "italic"))
+    erased = " and ".join(page.erased)
+    console.print(f"\nBefore, and while {erased} are erased. The question: [italic]{escape(page.describe)}[/]\n")
     for card in page.cards:
-        before, after = Text("  before  ", "dim"), Text("  after   ", "dim")
+        before, after = Text("  before  ", "dim"), Text("  erased  ", "dim")
         for piece in compare_words(card.before, card.after, page.erased, card.concepts):
             for line, changes in ((before, _BEFORE), (after, _AFTER)):
                 if piece.change in changes:
@@ -400,11 +401,14 @@ def _print(page: DemoPage, path: Path, console: Console) -> None:
     table = Table()
     for heading in ("metric", "original", "erased", "kept"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
-    for rows in metric_rows(page.results).values():
-        for row in rows:
+    rows_of = metric_rows(page.results)
+    for family in FAMILIES:
+        table.add_row(Text(family, "italic"))
+        for row in rows_of[family]:
             table.add_row(row.name, *map(_figure, (row.before, row.after)), f"{row.kept.value:.1f}" if row.kept else "")
         table.add_section()
     console.print(table)
+    console.print("_d: asked yes or no; _g: named in descriptions. What each metric says, and more of them, is on the page.")
     console.print(f"\nThe page, with the images and the features: [bold]{escape(str(path))}[/]", soft_wrap=True)
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from sauce_hooks.bank import Concept, Subspace, write_text_atomically
 from sauce_hooks.concepts import SCORERS, SetStatistics
@@ -26,7 +23,9 @@ from sauce_hooks.concepts.tuning import Figures, Measure, Target, Tuning, smalle
 from sauce_hooks.evaluation.markdown import markdown_table
 from sauce_hooks.evaluation.measure import measure_probes
 from sauce_hooks.evaluation.metrics import bootstrap_mean
+from sauce_hooks.evaluation.workers import in_processes
 from sauce_hooks.sae import VisionSAE
+from sauce_hooks.sae.progress import progress_bar
 from sauce_hooks.scenes.bundled import load
 from sauce_hooks.scenes.learning import Moments, contrast_moments, contrast_statistics, sibling_statistics
 from sauce_hooks.scenes.probes import probes
@@ -157,13 +156,16 @@ def _remembered(measure: Measure) -> Measure:
 # The command. --------------------------------------------------------------------------------------------------------
 
 
-def run(out_dir: Path = Path("frontier"), jobs: int = 2, concepts: Sequence[str] | None = None) -> str:
+def run(out_dir: Path = Path("frontier"), jobs: int = 2, concepts: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure every cell, go on where an earlier run stopped, and write `cells.csv` and `frontier.md` in `out_dir`.
 
     Args:
         out_dir: where to write, a file for each concept meanwhile.
         jobs: processes, of one core each.
         concepts: all by default.
+
+    Returns:
+        The fields of every `Cell`.
     """
     names = list(concepts or CONCEPTS)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -171,15 +173,17 @@ def run(out_dir: Path = Path("frontier"), jobs: int = 2, concepts: Sequence[str]
     if missing:
         model, processor, sae = load()
         moments = contrast_moments(model, processor, sae)
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _start, (moments,)) as pool:
-            for _ in track(pool.map(_measure, [(out_dir, n) for n in missing]), "measure concepts", total=len(missing)):
-                pass
-    found = [cell for name in names for cell in json.loads(_file(out_dir, name).read_text(encoding="utf-8"))]
+        with progress_bar(len(names), "measure concepts", "concept", show=True, done=len(names) - len(missing)) as bar:
+            units = [(out_dir, name) for name in missing]
+            in_processes(_measure, units, jobs, start=_start, given=(moments,), after=bar.update)
+    found: list[dict[str, Any]] = []
+    for name in names:
+        found += json.loads(_file(out_dir, name).read_text(encoding="utf-8"))
     page = markdown(found)
     write_text_atomically(out_dir / "cells.csv", frame(found).to_csv(index=False))
     write_text_atomically(out_dir / "frontier.md", page)
     Console().print(page, markup=False, soft_wrap=True)
-    return page
+    return found
 
 
 _moments: Moments = {}
@@ -187,7 +191,6 @@ _moments: Moments = {}
 
 def _start(moments: Moments) -> None:
     global _moments
-    torch.set_num_threads(1)
     _moments = moments
 
 

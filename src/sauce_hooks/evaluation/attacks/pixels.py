@@ -78,13 +78,15 @@ def pgd(
 ) -> Float[Tensor, "batch *pixels"]:
     """For every image the one with the largest margin that was met: x ← clip(x + step · sign ∇ margin(x)).
 
+    Projected gradient ascent from the image itself (Madry et al., arXiv 1706.06083).
+
     Clipped to within `epsilon` of the image and to [0, 1], and rounded to 8 bits at the end. A rounded image is judged as
     it is: of the image itself and what was found, the one with the larger margin is given.
 
     Args:
         margin: what to raise; differentiable, each value depending on its own image alone.
         images: with values from 0 to 1.
-        epsilon: the most that a value may change.
+        epsilon: the most that a value may change, 1 being white: 8/255 by default.
         step: the change of a value in one step.
         steps: gradients taken, for every restart.
         restarts: how often to begin.

@@ -41,7 +41,11 @@ class LinearProbe:
     name: str = "linear probe"
 
     def __call__(self, subject: Subject) -> list[Leak]:
-        """How well the concept can be read with the method on."""
+        """How well the concept can be read with the method on.
+
+        Raises:
+            AttackError: no training images, or too few.
+        """
         if subject.training is None:
             raise AttackError("a probe is fitted on other images than those reported on: give training=ProbeSet(...)")
         concept, learn = subject.concept, subject.training

@@ -64,8 +64,12 @@ def run_attacks(
     """Attack each method on each concept; the original model is attacked, too.
 
     ```python
+    from sauce_hooks import ConceptEraser
+    from sauce_hooks.evaluation.attacks import run_attacks
+
     methods = {"SAUCE": lambda concept: ConceptEraser(model, sae, [concept])}
-    print(run_attacks(model, probes, ["red"], processor=processor, methods=methods, training=others).to_markdown())
+    found = run_attacks(model, probes, ["red"], processor=processor, methods=methods, attacks=["paraphrases"])
+    print(found.to_markdown())
     ```
 
     Args:

@@ -31,7 +31,11 @@ Describe = Callable[[Sequence[Probe]], list[str]]
 
 @dataclass(frozen=True, eq=False)
 class ForgetRetain:
-    """The two sets of one concept."""
+    """The two sets of one concept.
+
+    Raises:
+        ImagesError: a set is empty.
+    """
 
     forget: Sequence[Answered]
     """About images that hold the concept."""

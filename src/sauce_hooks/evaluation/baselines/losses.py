@@ -134,7 +134,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
         ),
     }
 )
-"""The weight-updating methods by name."""
+"""The weight-updating methods by name, each with its source."""
 
 
 def _given(retain: Said | None) -> Said:

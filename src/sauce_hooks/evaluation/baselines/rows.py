@@ -22,6 +22,7 @@ from sauce_hooks.sae import VisionSAE
 from sauce_hooks.sae.provenance import provenance_of
 
 INSTRUCTION = "Do not mention {}, and act as if you could not see it."
+"""What "prompt only" adds to a question; "{}" is the concept."""
 _QUESTION = "QUESTION"
 
 ContrastSets = Callable[[str], tuple[Any, Any]]

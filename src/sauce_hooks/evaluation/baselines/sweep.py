@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CRITERION = "the harmonic mean of forgetting, (UA_d + UA_g) / 2, and retention, (IRA + CRA) / 2"
+"""What a learning rate is chosen by, in words."""
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A judge against labels made by hand."""
+    """A judge against labels made by hand: the share on which they agree, and Cohen's kappa."""
 
     judge: str
     accuracy: Rate

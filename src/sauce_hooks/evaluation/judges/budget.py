@@ -14,6 +14,9 @@ class Budget:
 
     Tokens and cost are known when an answer is there, so those under way at that moment (as many as there are workers) may
     go beyond a limit.
+
+    Raises:
+        ValueError: a negative limit or price, or a limit of cost without prices.
     """
 
     max_requests: int | None = None
