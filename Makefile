@@ -70,7 +70,7 @@ reproduce: $(STAMPS)/dev
 
 # One thread a process: the test processes share the cores already.
 test: $(STAMPS)/dev
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) $(ARGS)
 
 # The support table; a test compares it with what it measures.
 families: $(STAMPS)/dev

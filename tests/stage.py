@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,9 @@ def answer_requests(monkeypatch: Any) -> None:
 
 
 def _made(make: Callable[[Any], Any], fields: dict[str, Any], processor: Any) -> Any:
-    return replace(make(processor), **fields)
+    attack = replace(make(processor), **fields)
+    wordings = getattr(attack, "wordings", None)
+    return replace(attack, wordings=dict(islice(wordings.items(), 2))) if isinstance(wordings, Mapping) else attack
 
 
 def _few_settings(tuning: Any) -> Callable[..., Any]:

@@ -70,15 +70,6 @@ def test_it_answers_yes_where_a_concept_is_and_no_where_it_is_not(bundle, domain
     assert sum(right) / len(right) >= 0.9
 
 
-def test_quick_competence(bundle):
-    """The gate on few images, so a little lower; the whole gate is `test_the_competence_gate`."""
-    found = scenes.competence(*bundle[:2], per_concept=8, describe=60)
-    assert set(found.yes_no) == set(DOMAINS)
-    assert min(found.yes_no.values()) >= 0.92
-    assert found.named >= 0.90
-    assert found.false <= 0.06
-
-
 def test_the_relatives_know_their_world_and_one_takes_the_sae_as_it_is(bundle):
     for name in get_args(Relative):
         model, processor = load_relative(name)

@@ -12,8 +12,6 @@ import stage
 import walk
 from documents import LANGUAGES, PAGES, ROOT, blocks, docstring_files, language, parse
 
-pytestmark = pytest.mark.xdist_group("documentation")  # one loaded model for all pages, where xdist groups tests
-
 NOT_RUN = {
     "README.md": 1,
     "docs/attacks.md": 1,

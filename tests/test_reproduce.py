@@ -71,9 +71,6 @@ def make_one(weights=None):
     return replace(study, tasks={"concrete": ("tiger",), "abstract": ("red",)}, size=replace(SIZE, merged=(1, 2)))
 
 
-pytestmark = pytest.mark.xdist_group("reproduce")  # one run of all experiments for all tests
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Everything, once."""

@@ -684,7 +684,9 @@ def test_metrics_are_written_and_shown(cold, tmp_path, capsys):
         assert line["loss"] == pytest.approx(line["losses/mse_loss"] + line["losses/l1_loss"])
     assert lines[-1]["validation/explained_variance"] > lines[0]["validation/explained_variance"]
     shown = capsys.readouterr().err
-    assert [word for word in ("images/s", "rows/s", "loss", "L0", "EV", "dead", "12 of 12") if word not in shown] == [], shown
+    assert [word for word in ("images/s", "rows/s", "loss", "L0", "EV", "dead", "12 of 12") if word not in shown] == [], (
+        shown
+    )
 
 
 def test_metrics_agree_with_the_trained_sae(cold, tmp_path):
