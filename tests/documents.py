@@ -344,8 +344,3 @@ def blocks(page: str) -> list[tuple[Region, str | None]]:
             reason = None
     assert reason is None, f"{page}: a mark and no block behind it"
     return found
-
-
-def python_source(page: str) -> str:
-    """All that a page has of Python, one block behind the other."""
-    return "\n".join(str(region.parsed) for region, _ in blocks(page) if language(region) == "python")

@@ -51,6 +51,8 @@ SOURCES: Mapping[str, str] = {
 """Names that carry out what somebody has written down, and how their docstring says who and where."""
 
 NAMES = public.names()
+PARTS = [(name, *part) for name in NAMES for part in name.parts]
+"""Of each: the public name, what it is called in full, its node and its docstring."""
 
 
 def of(pattern: str, name: str) -> bool:
@@ -60,28 +62,18 @@ def of(pattern: str, name: str) -> bool:
 
 def test_every_name_says_what_it_is():
     assert [str(name) for name in NAMES if not name.doc.strip()] == []
-    silent = [
-        f"{n.room}: {q}" for n in NAMES for q, _, doc in n.parts if not doc and not q.endswith(("__init__", "__call__"))
-    ]
-    assert silent == []
+    assert [f"{n.room}: {q}" for n, q, _, doc in PARTS if not doc and not q.endswith(("__init__", "__call__"))] == []
 
 
 def test_every_tensor_has_its_shape():
-    bare = [
-        f"{n.room}: {q}({a})"
-        for n in NAMES
-        for q, node, doc in n.parts
-        for a in public.bare_tensors(node)
-        if "shape" not in doc
-    ]
+    bare = [f"{n.room}: {q}({a})" for n, q, node, doc in PARTS for a in public.bare_tensors(node) if "shape" not in doc]
     assert bare == []
 
 
 def test_every_error_that_is_raised_is_named():
     missing = [
         f"{n.room}: {q} raises {error}"
-        for n in NAMES
-        for q, node, doc in n.parts
+        for n, q, node, doc in PARTS
         for error in sorted(public.own_raises(node))
         if error not in (doc + n.doc if q.endswith("__init__") else doc)
     ]
@@ -91,8 +83,7 @@ def test_every_error_that_is_raised_is_named():
 def test_every_quantity_has_its_unit():
     missing = [
         f"{n.room}: {q}({argument}) does not say {wanted}"
-        for n in NAMES
-        for q, node, doc in n.parts
+        for n, q, node, doc in PARTS
         for argument, said in public.quantities(node, doc or n.doc)
         for kind, wanted in UNITS.items()
         if of(kind, argument) and not re.search(wanted, said)

@@ -4,12 +4,13 @@ import sys
 
 
 def main() -> None:
-    """The command line; Ctrl-C is understood from the first import on."""
+    """The command line; Ctrl-C is understood from the first import on, and by a verb once one has begun."""
     try:
         from sauce_hooks import cli
+
+        cli.main()
     except KeyboardInterrupt:
         sys.exit(130)
-    cli.main()
 
 
 if __name__ == "__main__":

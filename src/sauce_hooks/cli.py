@@ -101,7 +101,14 @@ def _begins(names: Sequence[str]) -> Callable[[str], list[str]]:
 
 def _say(as_json: bool, record: dict[str, Any], text: str) -> None:
     """For programs, or for people."""
-    typer.echo(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) if as_json else text)
+    if as_json:
+        _print_json(record)
+    else:
+        typer.echo(text)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    typer.echo(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:
@@ -479,7 +486,7 @@ def table(
 
         results = run(out, n, retained, erased)
     if as_json:
-        _say(as_json, {"out": str(out), "results": results.to_frame().to_dict("records")}, "")
+        _print_json({"out": str(out), "results": results.to_frame().to_dict("records")})
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -505,7 +512,7 @@ def frontier(
 
         found = run(out, jobs, erased)
     if as_json:
-        _say(as_json, {"out": str(out), "cells": found}, "")
+        _print_json({"out": str(out), "cells": found})
 
 
 @app.command(rich_help_panel=MEASURE)
@@ -556,7 +563,7 @@ def reproduce(
         findings = run(make, out, EXPERIMENTS if what == "all" else (what,), jobs=jobs if config is None else 1)
     if as_json:
         claims = [{**asdict(claim), "outcome": claim.outcome} for finding in findings for claim in finding.claims]
-        _say(as_json, {"out": str(out), "claims": claims}, "")
+        _print_json({"out": str(out), "claims": claims})
 
 
 def _images(images: str, split: str) -> Any:
@@ -671,14 +678,7 @@ def _not_loaded(model: str, problem: Exception) -> typer.BadParameter:
 
 
 def main() -> None:
-    """The entry point."""
+    """The command line; `sauce_hooks.__main__` is where it is entered."""
     if not sys.stderr.isatty():  # transformers' bars are redrawn, and fill a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        app(prog_name="sauce-hooks")  # under `python -m` too: completion and hints name the command
-    except KeyboardInterrupt:  # before a verb began
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    app(prog_name="sauce-hooks")  # under `python -m` too: completion and hints name the command

@@ -131,11 +131,10 @@ def describe_features(
 
     Firing shares are the paper's Eq. 7 and mean activations its Eq. 8. An image's activation of a feature is the largest
     over the tokens the SAE reads, max |z|. The monosemanticity score is that of Pach et al. 2025 (arXiv 2504.02821): the
-    mean similarity of two images, weighted by how strongly the feature
-    fires on both; 1 if it fires on one kind of image only, and `null_similarity` if on any. The paper measures similarity
-    with an encoder that has nothing to do with the SAE (DINOv2, say): give one as `embed` to compare with it. By default
-    the image's own mean token at the hook point stands in, which favours what the SAE itself sees. Scores with different
-    embeddings must not be compared.
+    mean similarity of two images, weighted by how strongly the feature fires on both; 1 if it fires on one kind of image
+    only, and `null_similarity` if on any. The paper measures similarity with an encoder that has nothing to do with the
+    SAE (DINOv2, say): give one as `embed` to compare with it. By default the image's own mean token at the hook point
+    stands in, which favours what the SAE itself sees. Scores with different embeddings must not be compared.
 
     Args:
         model: the model whose tower the SAE belongs to; left exactly as it was.
